@@ -1,0 +1,215 @@
+"""The canonical graph: flat FX over ATen ops, and the module tree that owns its tensors.
+
+    placeholder   one per tensor leaf of the inputs
+    get_attr      a tensor by its original dotted path, or a module's `….training`
+    call_function an ATen overload, one of our ops, or size arithmetic (`HOST`)
+    call_module   a module that could not be captured (opaque)
+    output        one flat tuple
+
+Nothing else. Every node carries `meta["path"]` (the module it came from) and `meta["val"]` (its fake value).
+"""
+
+import copy as _copy
+import math
+import operator
+from dataclasses import dataclass, field
+
+import sympy
+import torch
+from torch import fx, nn
+
+
+def select(training, train, eval):
+    """`train` in training mode, `eval` otherwise: the two captures differ in this argument."""
+    return train if training else eval
+
+
+def dtype_of(value):
+    """The dtype of a value at hand, where the original code read `x.dtype`."""
+    return value.dtype
+
+
+def device_of(value):
+    """The device of a value at hand, where the original code read `x.device`."""
+    return value.device
+
+
+def least(dtype):
+    """The most negative finite number of a dtype at hand, where the original code asked `torch.finfo`."""
+    return torch.finfo(dtype).min
+
+
+def count(training, counter):
+    """Add one to a counter (BatchNorm's `num_batches_tracked`) in training mode."""
+    if training:
+        counter.add_(1)
+
+
+HOST = frozenset({
+    operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv, operator.mod, operator.pow, operator.neg,
+    operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.and_, operator.or_, operator.not_,
+    math.ceil, math.floor, math.trunc, math.sqrt, max, min,
+    torch.sym_max, torch.sym_min, torch.sym_not, torch.sym_int, torch.sym_float, torch.sym_ite, torch.sym_sum, torch.sym_sqrt,
+    select, dtype_of, device_of, least, count,
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Check:
+    """A condition that tracing met on the sizes of the inputs: a sympy relation over their symbols, and where it was asked."""
+
+    condition: sympy.Basic
+    where: str
+
+
+@dataclass
+class Graph:
+    """A captured model, or one variant of it (another set of inputs over the same tensors).
+
+    `fx` holds the nodes, `root` the tensors: a tree of shallow clones of the model's modules whose Parameters are new objects over
+    the model's storage. `inputs` and `outputs` name the leaves, in order (`past_key_values.0.key`). `blocks` are the paths of the
+    repeated modules. `checks` must hold for the inputs of each call. `opaque` maps the path of a module that stays one call to the
+    reason, `notes` are fall-backs for the report. `variants` are the other graphs over the same root.
+    """
+
+    fx: fx.Graph
+    root: nn.Module
+    name: str = "forward"
+    owner: str = ""
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    blocks: tuple[str, ...] = ()
+    checks: tuple[Check, ...] = ()
+    opaque: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    variants: dict[str, "Graph"] = field(default_factory=dict)
+    signature: object = None
+
+    @property
+    def nodes(self):
+        return self.fx.nodes
+
+    @property
+    def placeholders(self):
+        return [n for n in self.fx.nodes if n.op == "placeholder"]
+
+    @property
+    def fake_mode(self):
+        """The FakeTensorMode that all `meta["val"]` of this graph share."""
+        for node in self.fx.nodes:
+            value = node.meta.get("val")
+            if isinstance(value, torch._subclasses.FakeTensor):
+                return value.fake_mode
+        raise LookupError("no node of this graph carries a fake value")
+
+    def all(self):
+        """This graph and its variants."""
+        return [self, *self.variants.values()]
+
+
+def attribute(root, path):
+    """The attribute of a module tree at a dotted path (a tensor, a module, a flag). Raises AttributeError with the path."""
+    value = root
+    for name in path.split(".") if path else ():
+        try:
+            value = getattr(value, name)
+        except AttributeError:
+            raise AttributeError(f"{path}: no {name!r} on {type(value).__name__}") from None
+    return value
+
+
+def has_attribute(root, path):
+    try:
+        attribute(root, path)
+    except AttributeError:
+        return False
+    return True
+
+
+def install(root, path, tensor, *, persistent=True):
+    """Put a Parameter or a buffer at a dotted path; containers on the way that do not exist are made."""
+    *parents, name = path.split(".")
+    module = root
+    for parent in parents:
+        child = module._modules.get(parent)
+        if child is None:
+            child = nn.Module()
+            module.add_module(parent, child)
+        module = child
+    if isinstance(tensor, nn.Parameter):
+        module._buffers.pop(name, None)
+        module.register_parameter(name, tensor)
+    else:
+        module._parameters.pop(name, None)
+        module.register_buffer(name, tensor, persistent=persistent)
+
+
+def remove(root, path):
+    """Take a tensor away, and the containers that it leaves empty."""
+    *parents, name = path.split(".")
+    chain = [root]
+    for parent in parents:
+        chain.append(chain[-1]._modules[parent])
+    chain[-1]._parameters.pop(name, None)
+    chain[-1]._buffers.pop(name, None)
+    for module, parent, child in zip(reversed(chain[:-1]), reversed(parents), reversed(chain[1:])):
+        if type(child) is not nn.Module or child._parameters or child._buffers or child._modules:
+            break
+        del module._modules[parent]
+
+
+def _shallow(module):
+    twin = module.__new__(type(module))
+    twin.__dict__ = dict(module.__dict__)
+    twin.__dict__.pop("forward", None)  # an instance attribute left by a tracer would run the original code
+    for name, value in module.__dict__.items():
+        if name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set") or ("_hooks" in name and isinstance(value, dict)):
+            twin.__dict__[name] = _copy.copy(value)
+    return twin
+
+
+def clone_tree(model):
+    """A tree of shallow clones: Parameters are new objects over the same storage (tied ones stay tied), buffers are copies.
+
+    Nothing that is done to the clone (training, casting, sharding, hooks) reaches the model.
+    """
+    modules, tensors = {}, {}
+
+    def tensor(value):
+        if value is None:
+            return None
+        if id(value) not in tensors:
+            tensors[id(value)] = nn.Parameter(value.detach(), value.requires_grad) if isinstance(value, nn.Parameter) else value.detach().clone()
+        return tensors[id(value)]
+
+    def visit(module):
+        if id(module) in modules:
+            return modules[id(module)]
+        twin = modules[id(module)] = _shallow(module)
+        for name, value in module._parameters.items():
+            twin._parameters[name] = tensor(value)
+        for name, value in module._buffers.items():
+            twin._buffers[name] = tensor(value)
+        for name, child in module._modules.items():
+            twin._modules[name] = None if child is None else visit(child)
+        return twin
+
+    return visit(model)
+
+
+def expression(size):
+    """The int or sympy expression of a dimension or SymInt."""
+    if isinstance(size, torch.SymInt):
+        value = size.node.expr
+        return int(value) if value.is_number else value
+    return size
+
+
+def shape(node):
+    """The shape of a node's value as a tuple of ints and sympy expressions."""
+    return tuple(expression(size) for size in node.meta["val"].shape)
+
+
+def path_of(node):
+    """The dotted path of the module that a node came from ("" is the model itself)."""
+    return node.meta.get("path", "")
