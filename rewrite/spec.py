@@ -1,0 +1,498 @@
+"""The spec: JSON in, a checked value out, and every mistake with its place.
+
+    {"seed": 0, "passes": [{"pass": "lora", "where": "attention.{q,v}", "rank": 8}]}
+    -->
+    Spec(seed=0, passes=(Step("lora", LoRA(rank=8), where="attention.{q,v}", name="default", …),))
+
+A pass is found by its name, not in a registry: `"lora"` is the module `rewrite.passes.lora` and the one `Pass` in it. What may stand in a
+step is read off that dataclass, so the checks, the messages and the JSON Schema cannot say three different things.
+"""
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import json
+import keyword
+import math
+import pkgutil
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+import pydantic
+from torch import nn
+
+from .contract import Pass
+from .errors import SpecError
+
+COMMON = ("pass", "where", "name", "allow_refusals")  # the keys of a step that are not options of its pass
+SEED_LIMIT = 2**63
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass of a spec: `method` as the spec spells it, `options` an instance of the pass, `place` such as "passes[1]"."""
+
+    method: str
+    options: Pass
+    where: object = None
+    name: str = "default"
+    allow_refusals: bool = False
+    place: str = field(default="", compare=False)
+
+    def to_dict(self):
+        """The step as plain JSON values, defaults left out."""
+        model = _options_model(type(self.options))
+        given = model(**{f.name: getattr(self.options, f.name) for f in dataclasses.fields(self.options)})
+        return {
+            "pass": self.method,
+            **({} if self.where == self.options.role else {"where": self.where}),
+            **given.model_dump(mode="json", by_alias=True, exclude_defaults=True),
+            **({} if self.name == "default" else {"name": self.name}),
+            **({"allow_refusals": True} if self.allow_refusals else {}),
+        }
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A checked spec. `source` is the file that it came from, for messages; two specs are equal when they ask for the same."""
+
+    seed: int = 0
+    passes: tuple[Step, ...] = ()
+    source: str | None = field(default=None, compare=False)
+
+    @staticmethod
+    def parse(value, passes=(), *, imports=True):
+        """A Spec from a dict, a path to a JSON file, or a Spec (handed back as it is).
+
+        `passes` are `Pass` classes, or modules with one, that the spec may name beside the built-in ones. With `imports=False` nothing
+        else is looked up: a spec from somewhere cannot make us import what it names. Raises SpecError with every mistake found, one a line.
+        """
+        if isinstance(value, Spec):
+            return value
+        source = None
+        if isinstance(value, str | Path):
+            source, value = str(value), read_json(value)
+        prefix = f"{source}: " if source else ""
+        faults = []
+        spec = _parse(value, _Finder(passes, imports), source, faults)
+        if faults:
+            raise SpecError("\n".join(prefix + fault for fault in faults))
+        return spec
+
+    def to_dict(self):
+        """The spec as plain JSON values, defaults left out."""
+        return {**({"seed": self.seed} if self.seed else {}), "passes": [step.to_dict() for step in self.passes]}
+
+    def to_json(self):
+        """The spec as JSON text, defaults left out, one pass a line; parsing it gives an equal Spec."""
+        lines = [json.dumps(step.to_dict(), ensure_ascii=False) for step in self.passes]
+        seed = f'"seed": {self.seed}, ' if self.seed else ""
+        listed = "\n    " + ",\n    ".join(lines) + "\n  " if lines else ""
+        return f'{{ {seed}"passes": [{listed}] }}\n'
+
+    @staticmethod
+    def schema(passes=()):
+        """The JSON Schema (draft 2020-12) of a spec that names the built-in passes and `passes`."""
+        finder = _Finder(passes)
+        found = {name: finder.find(name) for name in sorted({*builtin_names(), *(_names_of(p)[0] for p in passes)})}
+        return _schema(found)
+
+
+# -- finding a pass ------------------------------------------------------------------------------------------------------------------
+
+
+def builtin_names():
+    """The names of the built-in passes: the files of `rewrite.passes`, sorted."""
+    folder = importlib.import_module("rewrite.passes")  # by name: the engine knows no pass
+    return sorted(m.name for m in pkgutil.iter_modules(folder.__path__) if not m.name.startswith("_"))
+
+
+def _entry_points():
+    return {point.name: point for point in importlib.metadata.entry_points(group="rewrite.passes")}
+
+
+def _pass_of(module):
+    """The one Pass that a module defines."""
+    found = [v for v in vars(module).values() if isinstance(v, type) and issubclass(v, Pass) and v.__module__ == module.__name__]
+    found = [v for v in found if not v.__name__.startswith("_")]
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(v.__name__ for v in found)
+    raise SpecError(f'"{module.__name__}" defines {f"{len(found)} passes ({names})" if found else "no pass"}. A pass file holds one subclass of rewrite.Pass.')
+
+
+def _class_of(given):
+    if isinstance(given, ModuleType):
+        return _pass_of(given)
+    if isinstance(given, type) and issubclass(given, Pass):
+        return given
+    raise SpecError(f"passes: expected Pass classes or modules with one, got {given!r}")
+
+
+def _names_of(given):
+    """The names under which a spec may name a pass that was handed over: its stem, and its module's dotted name."""
+    cls = _class_of(given)
+    return cls.__name__.lower(), cls.__module__
+
+
+def closest(name, known):
+    """' Did you mean "lora"?' or '', for messages."""
+    lowered = {k.lower(): k for k in known}
+    near = difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.6)
+    return " Did you mean " + " or ".join(f'"{lowered[k]}"' for k in near) + "?" if near else ""
+
+
+class _Finder:
+    """Finds the Pass class that a name stands for."""
+
+    def __init__(self, passes=(), imports=True):
+        self.handed = {name: _class_of(given) for given in passes for name in _names_of(given)}
+        self.imports = imports
+
+    def find(self, name):
+        """The Pass class called `name`. Raises SpecError with the closest names."""
+        cls = self._locate(name)
+        if "__dataclass_fields__" not in vars(cls):
+            raise SpecError(f'"{name}": {cls.__name__} is not a frozen dataclass. Write @dataclass(frozen=True) above the class.')
+        taken = [f.name for f in dataclasses.fields(cls) if f.name in COMMON]
+        if taken:
+            raise SpecError(f'"{name}": {cls.__name__} has an option called "{taken[0]}", which every step has already. Call it something else.')
+        return cls
+
+    def _locate(self, name):
+        if name in builtin_names():
+            return _pass_of(importlib.import_module(f"rewrite.passes.{name}"))
+        if name in self.handed:
+            return self.handed[name]
+        if not self.imports:
+            raise SpecError(f'"{name}" is not a built-in pass, and a folder may not have code imported. If you trust it, import the pass yourself and hand it over: passes=[…].{closest(name, [*builtin_names(), *self.handed])}')  # fmt: skip
+        points = _entry_points()
+        if name in points:
+            return _class_of(self._import(name, points[name].load))
+        if "." in name and all(part.isidentifier() for part in name.split(".")):
+            return _pass_of(self._import(name, lambda: importlib.import_module(name)))
+        known = [*builtin_names(), *(n for n in self.handed if "." not in n), *points]
+        raise SpecError(f'"{name}" is not a pass.{closest(name, known)} Passes: {", ".join(sorted(known))}. A pass of your own is named by its module: "mylab.rosa".')
+
+    @staticmethod
+    def _import(name, load):
+        try:
+            return load()
+        except (ImportError, AttributeError, SyntaxError) as error:
+            raise SpecError(f'"{name}" cannot be imported: {type(error).__name__}: {error}. Is it on the Python path?') from error
+
+
+# -- reading -------------------------------------------------------------------------------------------------------------------------
+
+
+def read_json(path):
+    """The value of a JSON file. Raises SpecError with line and column; a key that stands twice in one object is an error too."""
+
+    def pairs(items):
+        made = {}
+        for key, value in items:
+            if key in made:
+                raise SpecError(f'{path}: the key "{key}" stands twice in one object. Keep one.')
+            made[key] = value
+        return made
+
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SpecError(f"{path}: not UTF-8 text (byte {error.start}). A spec is a JSON file.") from error
+    except (OSError, ValueError) as error:  # ValueError: a path with a null character
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise SpecError(f"{path}: cannot be read: {reason}. Give a dict or the path of a JSON file.") from error
+    try:
+        return json.loads(text, object_pairs_hook=pairs)
+    except json.JSONDecodeError as error:
+        raise SpecError(f"{path}: not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from error
+    except RecursionError as error:
+        raise SpecError(f"{path}: nested too deeply to be a spec") from error
+    except ValueError as error:  # an integer of thousands of digits
+        raise SpecError(f"{path}: not JSON that can be read: {error}") from error
+
+
+def _plain(value, place):
+    """`value` rebuilt from JSON types alone (tuples become lists). Raises SpecError at the first thing that JSON does not have."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(v, f"{place}[{i}]") for i, v in enumerate(value)]
+    if isinstance(value, dict):
+        for key in value:
+            if type(key) is not str:
+                raise SpecError(f"{place or 'spec'}: a key must be a string, got {key!r}")
+        return {k: _plain(v, f"{place}.{k}" if place else k) for k, v in value.items()}
+    raise SpecError(f"{place or 'spec'}: expected a JSON value, got {type(value).__module__}.{type(value).__qualname__}")
+
+
+def _said(value):
+    """A value as a message shows it: JSON, cut short."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _parse(value, finder, source, faults):
+    try:
+        value = _plain(value, "")
+    except SpecError as error:
+        faults.append(str(error))
+        return None
+    except RecursionError:
+        faults.append("nested too deeply to be a spec")
+        return None
+    if not isinstance(value, dict):
+        faults.append(f'expected an object such as {{"passes": […]}}, got {_said(value)}')
+        return None
+    for key in value:
+        if key not in ("seed", "passes", "$schema"):
+            faults.append(f'"{key}" is not a key of a spec.{closest(key, ("seed", "passes"))} Keys: seed, passes.')
+    seed = value.get("seed", 0)
+    if type(seed) is not int or not 0 <= seed < SEED_LIMIT:
+        faults.append(f"seed: expected int from 0 to 2⁶³-1, got {_said(seed)}")
+    if "passes" not in value:
+        faults.append('"passes" is missing: the list of passes, in the order in which they run')
+        return None
+    if not isinstance(value["passes"], list):
+        faults.append(f"passes: expected list, got {_said(value['passes'])}")
+        return None
+    steps = [_parse_step(step, finder, f"passes[{i}]", faults) for i, step in enumerate(value["passes"])]
+    if faults:
+        return None
+    _check_collisions(steps, faults)
+    return Spec(seed, tuple(steps), source)
+
+
+def _parse_step(step, finder, place, faults):
+    """One Step, or None with what is wrong added to `faults`."""
+    before = len(faults)
+    if not isinstance(step, dict):
+        faults.append(f'{place}: expected an object such as {{"pass": "lora", …}}, got {_said(step)}')
+        return None
+    for form in ("parallel", "choose"):
+        if form in step:
+            faults.append(f'{place}: "{form}" is not supported yet. Write the passes one after the other.')
+            return None
+    if "pass" not in step:
+        faults.append(f'{place}: "pass" is missing: the name of the pass.{closest(next(iter(step), ""), COMMON)}')
+        return None
+    method = step["pass"]
+    if not isinstance(method, str):
+        faults.append(f"{place}.pass: expected string, got {_said(method)}")
+        return None
+    try:
+        cls = finder.find(method)
+    except SpecError as error:
+        faults.append(f"{place}: {error}")
+        return None
+    name = step.get("name", "default")
+    reason = _name_fault(name)
+    if reason:
+        faults.append(f"{place}.name: {reason}")
+    allow = step.get("allow_refusals", False)
+    if type(allow) is not bool:
+        faults.append(f"{place}.allow_refusals: expected true or false, got {_said(allow)}")
+    where = step.get("where", cls.role)
+    if "where" in step:
+        _check_where(where, f"{place}.where", faults)
+    options = _parse_options(cls, method, {k: v for k, v in step.items() if k not in COMMON}, place, faults)
+    if len(faults) > before:
+        return None
+    return Step(method, options, where, name, allow, place)
+
+
+def _name_fault(name):
+    if not isinstance(name, str):
+        return f"expected string, got {_said(name)}"
+    if not name.isascii() or not name.isidentifier() or keyword.iskeyword(name) or name.startswith("__"):
+        return f"{_said(name)} cannot be part of a parameter's name. Use letters, digits and _."
+    if hasattr(nn.Module, name) or name in vars(nn.Module()):
+        return f"{_said(name)} is a name that every torch module has already. Choose another."
+    return None
+
+
+def _check_where(where, place, faults):
+    if not isinstance(where, str | dict | list):
+        faults.append(f"{place}: expected string, object or list, got {_said(where)}")
+
+
+def _check_collisions(steps, faults):
+    """Two steps that would make tensors of the same names at the same sites, with no whole-graph pass (a merge) in between."""
+    seen = {}
+    for step in steps:
+        if hasattr(step.options, "apply"):
+            seen.clear()
+            continue
+        key = (step.method, step.name, json.dumps(step.where, sort_keys=True))
+        if key in seen and hasattr(step.options, "params"):
+            faults.append(f'{step.place}: "{step.method}" stands at {_said(step.where)} already ({seen[key]}) under the name "{step.name}". Give one of them another "name".')
+        seen.setdefault(key, step.place)
+
+
+# -- options -------------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _options_model(cls):
+    """The pydantic model of a pass's options. Field names are aliases, so that an option may be called `copy` or `json`."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    fields = {}
+    for f in dataclasses.fields(cls):
+        if f.default is not dataclasses.MISSING:
+            default = {"default": f.default}
+        elif f.default_factory is not dataclasses.MISSING:
+            default = {"default_factory": f.default_factory}
+        else:
+            default = {}
+        fields[f"option_{f.name}"] = (hints[f.name], pydantic.Field(alias=f.name, **default))
+    config = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=False)
+    return pydantic.create_model(cls.__name__, __config__=config, **fields)
+
+
+def _options_schema(cls):
+    return _options_model(cls).model_json_schema(by_alias=True)
+
+
+def _parse_options(cls, method, given, place, faults):
+    """An instance of the pass, or None with what is wrong added to `faults`."""
+    model = _options_model(cls)
+    try:
+        # through JSON text: there pydantic's strict mode takes a list for a tuple, and a string for an enum, as a JSON file needs
+        checked = model.model_validate_json(json.dumps(given))
+    except pydantic.ValidationError as error:
+        schema = _options_schema(cls)
+        for fault in dict.fromkeys(_in_words(e, given, schema, method, place) for e in error.errors()):
+            faults.append(fault)
+        return None
+    names = {f"option_{f.name}": f.name for f in dataclasses.fields(cls)}
+    try:
+        return cls(**{names[key]: getattr(checked, key) for key in checked.model_fields_set})
+    except (ValueError, TypeError) as error:  # what the pass itself checks in __post_init__
+        faults.append(f"{place}: {method}: {error}")
+        return None
+
+
+def _in_words(error, given, schema, method, place):
+    """One of pydantic's errors in our words."""
+    options = list(schema.get("properties", {}))
+    if error["type"] == "extra_forbidden" and len(error["loc"]) == 1:
+        name = error["loc"][0]
+        has = f"Options: {', '.join(options)}." if options else "It has no options."
+        return f'{place}: "{name}" is not an option of {method}.{closest(name, [*options, *COMMON])} {has}'
+    if error["type"] == "missing" and len(error["loc"]) == 1:
+        return f'{place}: {method} needs "{error["loc"][0]}" ({_words(schema["properties"][error["loc"][0]], schema)})'
+    if error["type"] == "json_invalid":  # half of a surrogate pair: the only JSON that Python reads and pydantic does not
+        return f"{place}: a string holds a character that is not Unicode"
+    part, value = schema, given
+    for key in error["loc"]:
+        part = _resolved(part, schema)
+        if isinstance(key, int) and "items" in part and isinstance(value, list):
+            part, value, place = part["items"], value[key], f"{place}[{key}]"
+        elif isinstance(key, int) and "prefixItems" in part and isinstance(value, list) and key < len(value):
+            part, value, place = part["prefixItems"][key], value[key], f"{place}[{key}]"
+        elif key in part.get("properties", {}) and isinstance(value, dict) and key in value:
+            part, value, place = part["properties"][key], value[key], f"{place}.{key}"
+        else:
+            break  # the branch of a union: the whole union is described
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{place}: expected a finite number, got {_said(value)}"
+    bounds = error["type"].startswith(("greater_than", "less_than", "multiple_of", "too_", "string_too", "string_pattern"))
+    return f"{place}: expected {_words(part, schema, bounds)}, got {_said(value)}"
+
+
+def _resolved(part, schema):
+    while "$ref" in part:
+        part = schema["$defs"][part["$ref"].rsplit("/", 1)[-1]]
+    return part
+
+
+def _words(part, schema, bounds=True):
+    """A JSON Schema in a few words: `int ≥ 1`, `one of "a", "b"`, `list of string`, `int or null`."""
+    part = _resolved(part, schema)
+    if "anyOf" in part:
+        return " or ".join(dict.fromkeys(_words(p, schema, bounds) for p in part["anyOf"]))
+    if "const" in part:
+        return _said(part["const"])
+    if "enum" in part:
+        return "one of " + ", ".join(_said(v) for v in part["enum"])
+    kind = {"integer": "int", "number": "number", "boolean": "true or false", "array": "list"}.get(part.get("type"), part.get("type", "another value"))
+    if part.get("type") == "array" and "items" in part:
+        kind = f"list of {_words(part['items'], schema, bounds)}"
+    if part.get("type") == "array" and "prefixItems" in part:
+        kind = f"list of {len(part['prefixItems'])} items: {', '.join(_words(p, schema, bounds) for p in part['prefixItems'])}"
+    signs = {"minimum": "≥ {}", "exclusiveMinimum": "> {}", "maximum": "≤ {}", "exclusiveMaximum": "< {}", "multipleOf": "a multiple of {}"}
+    signs |= {"minItems": "with at least {} items", "maxItems": "with at most {} items", "minLength": "of at least {} characters", "maxLength": "of at most {} characters", "pattern": "like {}"}  # fmt: skip
+    limits = [sign.format(part[key]) for key, sign in signs.items() if key in part and "prefixItems" not in part]
+    return f"{kind} {' and '.join(limits)}" if bounds and limits else kind
+
+
+# -- the JSON Schema -----------------------------------------------------------------------------------------------------------------
+
+WHERE_SCHEMA = {"type": ["string", "object", "array"]}
+
+
+def _schema(found):
+    definitions = {"where": WHERE_SCHEMA}
+    for name, cls in found.items():
+        options = _options_schema(cls)
+        for key, value in options.get("$defs", {}).items():
+            definitions[key] = value
+        for value in options.get("properties", {}).values():
+            value.pop("title", None)
+        definitions[f"pass.{name}"] = {
+            "title": name,
+            "description": inspect.getdoc(importlib.import_module(cls.__module__)) or inspect.getdoc(cls),
+            "type": "object",
+            "properties": {
+                "pass": {"const": name},
+                "where": {"$ref": "#/$defs/where", **({"default": cls.role} if cls.role else {})},
+                "name": {"$ref": "#/$defs/name"},
+                "allow_refusals": {"$ref": "#/$defs/allow_refusals"},
+                **options.get("properties", {}),
+            },
+            "required": ["pass", *options.get("required", [])],
+            "additionalProperties": False,
+            **({"examples": [{"pass": name, **cls.example}]} if cls.example else {}),
+        }
+    definitions["pass.other"] = {
+        "title": "a pass of your own, named by its module",
+        "type": "object",
+        "properties": {
+            "pass": {"type": "string", "pattern": r"^[^.]+(\.[^.]+)+$"},
+            "where": {"$ref": "#/$defs/where"},
+            "name": {"$ref": "#/$defs/name"},
+            "allow_refusals": {"$ref": "#/$defs/allow_refusals"},
+        },
+        "required": ["pass"],
+    }
+    definitions["name"] = {
+        "type": "string",
+        "pattern": "^[A-Za-z_][A-Za-z0-9_]*$",
+        "default": "default",
+        "description": "Tells adapters of one kind apart; part of the names of their tensors.",
+    }
+    definitions["allow_refusals"] = {
+        "type": "boolean",
+        "default": False,
+        "description": "Leave out the sites that this pass declines, instead of stopping.",
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "rewrite spec",
+        "description": "Passes over a captured model, run in the order written.",
+        "type": "object",
+        "properties": {
+            "$schema": {"type": "string", "description": "The path of this file, for editors."},
+            "seed": {"type": "integer", "minimum": 0, "maximum": SEED_LIMIT - 1, "default": 0, "description": "Seeds the new tensors, with the path of their site."},
+            "passes": {"type": "array", "items": {"anyOf": [{"$ref": f"#/$defs/{key}"} for key in definitions if key.startswith("pass.")]}},
+        },
+        "required": ["passes"],
+        "additionalProperties": False,
+        "$defs": definitions,
+    }
