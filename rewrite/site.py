@@ -1,0 +1,186 @@
+"""What a pass is told about a place in the graph: a site with its handles.
+
+    Site    one place: its role, its handles (`x w b y`, `q k v mask y`, …), the weight's path, how the weight is stored
+    Layout  how the stored weight stands to the standard out × in, and which of its OUT rows the site covers
+    Rows    a regular set of OUT rows: a third of a fused projection, one head's share of each period of an interleaved one
+    Roles   all sites of a graph, in graph order
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows r of `total` with start ≤ r mod period < stop. A plain slice has period = total.
+
+    `y.unflatten(-1, (total // period, period)).narrow(-1, start, stop - start).flatten(-2)` reads them from an output y;
+    `listed` holds the rows one by one where they follow no such rule.
+    """
+
+    start: int
+    stop: int
+    period: int
+    total: int
+    listed: tuple[int, ...] | None = None
+
+    def __len__(self):
+        return len(self.listed) if self.listed is not None else (self.stop - self.start) * (self.total // self.period)
+
+    @property
+    def is_slice(self):
+        return self.listed is None and self.period == self.total
+
+    def index(self):
+        """The rows as an int64 tensor, ascending."""
+        if self.listed is not None:
+            return torch.tensor(self.listed)
+        return torch.arange(self.total).view(-1, self.period)[:, self.start : self.stop].reshape(-1)
+
+    def __str__(self):
+        if self.listed is not None:
+            return f"rows {len(self.listed)} of {self.total}"
+        return f"rows {self.start}:{self.stop}" + ("" if self.is_slice else f" of every {self.period}")
+
+    @staticmethod
+    def of(index, total):
+        """The Rows of a sorted tensor of distinct row numbers; None when it holds all of them."""
+        if len(index) == total:
+            return None
+        breaks = (torch.diff(index) != 1).nonzero().flatten()
+        start = int(index[0])
+        length = int(breaks[0]) + 1 if len(breaks) else len(index)
+        period = int(index[length]) - start if len(breaks) else total
+        if start + length <= period and total % period == 0:
+            rows = Rows(start, start + length, period, total)
+            if torch.equal(rows.index(), index):
+                return rows
+        return Rows(start, int(index[-1]) + 1, total, total, tuple(index.tolist()))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a site's weight is stored, and where the operation takes its arguments.
+
+    `kind`: "linear" (out × in), "conv" (out × in/groups × window), "experts" (expert × out × in), "embedding" (ids × features),
+    "einsum" (any order of axes), or "" for sites without a weight. `transposed`: the stored weight has in before out (GPT-2's Conv1D,
+    a transposed convolution, experts as E × in × out). `axis`: the features' axis of x and y. `rows`: the OUT rows that the site covers, None for all.
+    `arguments`: name of a handle → position in `operation.args`.
+    """
+
+    kind: str = ""
+    transposed: bool = False
+    axis: int = -1
+    rows: Rows | None = None
+    arguments: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self):
+        return " ".join(filter(None, (self.kind, self.transposed and "in×out", self.rows and str(self.rows))))
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One place where a pass applies.
+
+    `node`: the node whose value is `y` (for a part of a fused projection: the whole output, `layout.rows` says which part).
+    `role`: the narrowest name; `roles`: every name under which the site is found. `path`: the module of the weight, or the parameter's own
+    path where it is not of a leaf module. `owner`: the module on which new tensors are installed, `label` tells several sites on
+    one owner apart. `handles`: name → node, or None where the site has none (no bias, no mask). `operation`: the node of the affine op.
+    `block`, `index`: path and number of the block around it. `call`: 0, or the number of the call when a module is called again.
+    """
+
+    node: fx.Node
+    role: str
+    roles: tuple[str, ...]
+    path: str
+    owner: str
+    handles: dict[str, fx.Node | None]
+    label: str = ""
+    layout: Layout = Layout()
+    operation: fx.Node | None = None
+    index: int | None = None
+    block: str | None = None
+    call: int = 0
+
+    @property
+    def name(self):
+        """The path, with the label and the call that tell it from its neighbours."""
+        return self.path + (f"[{self.label}]" if self.label else "") + (f"#{self.call}" if self.call else "")
+
+    @property
+    def weight(self):
+        """Dotted path of the stored weight, or None."""
+        w = self.handles.get("w")
+        return w.target if w is not None and w.op == "get_attr" else None
+
+    def __str__(self):
+        return f"{self.role} at {self.name}"
+
+
+class Roles:
+    """The sites of a graph, in graph order."""
+
+    def __init__(self, sites):
+        self.sites = tuple(sites)
+
+    def __iter__(self):
+        return iter(self.sites)
+
+    def __len__(self):
+        return len(self.sites)
+
+    def __getitem__(self, role):
+        """The sites found under a role's name."""
+        return [site for site in self.sites if role in site.roles]
+
+    @property
+    def names(self):
+        """Every name under which a site is found, sorted."""
+        return sorted({name for site in self.sites for name in site.roles})
+
+    def summary(self):
+        """One line: `attention.{q,k,v,o} ×2, mlp.{gate,up,down} ×2, norm ×5, head`."""
+        counts = Counter(site.role for site in self.sites)
+        groups = {}
+        for role in sorted(counts, key=_order):
+            stem, dot, leaf = role.rpartition(".")
+            groups.setdefault((stem, counts[role]) if dot else (role, counts[role], None), []).append(leaf if dot else role)
+        lines = []
+        for (stem, count, *_), leaves in groups.items():
+            name = leaves[0] if _ else f"{stem}.{leaves[0]}" if len(leaves) == 1 else f"{stem}.{{{','.join(leaves)}}}"
+            lines.append(name + (f" ×{count}" if count > 1 else ""))
+        return ", ".join(lines)
+
+    def table(self):
+        """A rich table: role, site, block, shape of the weight, layout."""
+        from rich.table import Table
+
+        table = Table("role", "site", "also", "weight", "layout", title=self.summary(), title_justify="left")
+        for site in self.sites:
+            w = site.handles.get("w")
+            also = " ".join(name for name in site.roles if name != site.role)
+            table.add_row(site.role, site.name, also, "×".join(map(str, w.meta["val"].shape)) if w is not None else "", str(site.layout))
+        return table
+
+    def __str__(self):
+        rows = [(site.role, site.name, str(site.layout)) for site in self.sites]
+        wide = [max(map(len, column), default=0) for column in zip(*rows)]
+        return "\n".join(" ".join(cell.ljust(w) for cell, w in zip(row, wide)).rstrip() for row in rows)
+
+
+_SHOWN = (
+    "attention.q", "attention.k", "attention.v", "attention.o", "attention.qkv", "attention", "mlp.gate", "mlp.up", "mlp.down", "mlp.gate_up", "mlp",
+    "router", "expert", "mixer", "linear", "conv", "embed", "norm", "head", "attention.cross", "attention.block", "residual", "block", "logits", "model",
+)  # fmt: skip
+
+
+def _order(role):
+    """Recognised projections first, then the rest, whole regions last."""
+    whole = role in ("attention", "attention.cross", "attention.block", "mlp", "residual", "block", "logits", "model")
+    stem = next((name for name in (role, role.partition(".")[0]) if name in _SHOWN), None)
+    leaf = role.rpartition(".")[2]
+    inner = ("q", "k", "v", "o", "gate", "up", "down", "in", "out")
+    return (whole, _SHOWN.index(stem.partition(".")[0]) if stem else len(_SHOWN), inner.index(leaf) if leaf in inner else len(inner), role)
