@@ -9,16 +9,12 @@ step is read off that dataclass, so the checks, the messages and the JSON Schema
 """
 
 import dataclasses
-import difflib
-import functools
 import importlib
 import importlib.metadata
 import inspect
 import json
 import keyword
-import math
 import pkgutil
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -28,8 +24,8 @@ from torch import nn
 
 from .contract import Pass
 from .errors import SpecError
+from .options import COMMON, closest, options_model, options_schema, parse_options, said
 
-COMMON = ("pass", "where", "name", "allow_refusals")  # the keys of a step that are not options of its pass
 SEED_LIMIT = 2**63
 
 
@@ -46,7 +42,7 @@ class Step:
 
     def to_dict(self):
         """The step as plain JSON values, defaults left out."""
-        model = _options_model(type(self.options))
+        model = options_model(type(self.options))
         given = model(**{f.name: getattr(self.options, f.name) for f in dataclasses.fields(self.options)})
         return {
             "pass": self.method,
@@ -116,19 +112,19 @@ def _entry_points():
     return {point.name: point for point in importlib.metadata.entry_points(group="rewrite.passes")}
 
 
-def _pass_of(module):
+def pass_of(module):
     """The one Pass that a module defines."""
     found = [v for v in vars(module).values() if isinstance(v, type) and issubclass(v, Pass) and v.__module__ == module.__name__]
     found = [v for v in found if not v.__name__.startswith("_")]
     if len(found) == 1:
         return found[0]
-    names = ", ".join(v.__name__ for v in found)
-    raise SpecError(f'"{module.__name__}" defines {f"{len(found)} passes ({names})" if found else "no pass"}. A pass file holds one subclass of rewrite.Pass.')
+    count = f"{len(found)} passes ({', '.join(v.__name__ for v in found)})" if found else "no pass"
+    raise SpecError(f'"{module.__name__}" defines {count}. A pass file holds one subclass of rewrite.Pass.')
 
 
 def _class_of(given):
     if isinstance(given, ModuleType):
-        return _pass_of(given)
+        return pass_of(given)
     if isinstance(given, type) and issubclass(given, Pass):
         return given
     raise SpecError(f"passes: expected Pass classes or modules with one, got {given!r}")
@@ -138,13 +134,6 @@ def _names_of(given):
     """The names under which a spec may name a pass that was handed over: its stem, and its module's dotted name."""
     cls = _class_of(given)
     return cls.__name__.lower(), cls.__module__
-
-
-def closest(name, known):
-    """' Did you mean "lora"?' or '', for messages."""
-    lowered = {k.lower(): k for k in known}
-    near = difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.6)
-    return " Did you mean " + " or ".join(f'"{lowered[k]}"' for k in near) + "?" if near else ""
 
 
 class _Finder:
@@ -162,22 +151,31 @@ class _Finder:
         taken = [f.name for f in dataclasses.fields(cls) if f.name in COMMON]
         if taken:
             raise SpecError(f'"{name}": {cls.__name__} has an option called "{taken[0]}", which every step has already. Call it something else.')
+        try:
+            options_model(cls)
+        except (pydantic.PydanticUserError, NameError) as error:
+            raise SpecError(f'"{name}": an option of {cls.__name__} has a type that JSON cannot hold: {str(error).splitlines()[0]}') from error
         return cls
 
     def _locate(self, name):
         if name in builtin_names():
-            return _pass_of(importlib.import_module(f"rewrite.passes.{name}"))
+            return pass_of(importlib.import_module(f"rewrite.passes.{name}"))
         if name in self.handed:
             return self.handed[name]
         if not self.imports:
-            raise SpecError(f'"{name}" is not a built-in pass, and a folder may not have code imported. If you trust it, import the pass yourself and hand it over: passes=[…].{closest(name, [*builtin_names(), *self.handed])}')  # fmt: skip
+            near = closest(name, [*builtin_names(), *self.handed])
+            raise SpecError(
+                f'"{name}" is not a built-in pass, and a folder may not have code imported.{near} '
+                "If you trust it, import the pass yourself and hand it over: passes=[…]."
+            )
         points = _entry_points()
         if name in points:
             return _class_of(self._import(name, points[name].load))
         if "." in name and all(part.isidentifier() for part in name.split(".")):
-            return _pass_of(self._import(name, lambda: importlib.import_module(name)))
-        known = [*builtin_names(), *(n for n in self.handed if "." not in n), *points]
-        raise SpecError(f'"{name}" is not a pass.{closest(name, known)} Passes: {", ".join(sorted(known))}. A pass of your own is named by its module: "mylab.rosa".')
+            return pass_of(self._import(name, lambda: importlib.import_module(name)))
+        known = sorted([*builtin_names(), *(n for n in self.handed if "." not in n), *points])
+        own = 'A pass of your own is named by its module: "mylab.rosa".'
+        raise SpecError(f'"{name}" is not a pass.{closest(name, known)} Passes: {", ".join(known)}. {own}')
 
     @staticmethod
     def _import(name, load):
@@ -232,12 +230,6 @@ def _plain(value, place):
     raise SpecError(f"{place or 'spec'}: expected a JSON value, got {type(value).__module__}.{type(value).__qualname__}")
 
 
-def _said(value):
-    """A value as a message shows it: JSON, cut short."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "…"
-
-
 def _parse(value, finder, source, faults):
     try:
         value = _plain(value, "")
@@ -248,19 +240,19 @@ def _parse(value, finder, source, faults):
         faults.append("nested too deeply to be a spec")
         return None
     if not isinstance(value, dict):
-        faults.append(f'expected an object such as {{"passes": […]}}, got {_said(value)}')
+        faults.append(f'expected an object such as {{"passes": […]}}, got {said(value)}')
         return None
     for key in value:
         if key not in ("seed", "passes", "$schema"):
             faults.append(f'"{key}" is not a key of a spec.{closest(key, ("seed", "passes"))} Keys: seed, passes.')
     seed = value.get("seed", 0)
     if type(seed) is not int or not 0 <= seed < SEED_LIMIT:
-        faults.append(f"seed: expected int from 0 to 2⁶³-1, got {_said(seed)}")
+        faults.append(f"seed: expected int from 0 to 2⁶³-1, got {said(seed)}")
     if "passes" not in value:
         faults.append('"passes" is missing: the list of passes, in the order in which they run')
         return None
     if not isinstance(value["passes"], list):
-        faults.append(f"passes: expected list, got {_said(value['passes'])}")
+        faults.append(f"passes: expected list, got {said(value['passes'])}")
         return None
     steps = [_parse_step(step, finder, f"passes[{i}]", faults) for i, step in enumerate(value["passes"])]
     if faults:
@@ -273,7 +265,7 @@ def _parse_step(step, finder, place, faults):
     """One Step, or None with what is wrong added to `faults`."""
     before = len(faults)
     if not isinstance(step, dict):
-        faults.append(f'{place}: expected an object such as {{"pass": "lora", …}}, got {_said(step)}')
+        faults.append(f'{place}: expected an object such as {{"pass": "lora", …}}, got {said(step)}')
         return None
     for form in ("parallel", "choose"):
         if form in step:
@@ -284,7 +276,7 @@ def _parse_step(step, finder, place, faults):
         return None
     method = step["pass"]
     if not isinstance(method, str):
-        faults.append(f"{place}.pass: expected string, got {_said(method)}")
+        faults.append(f"{place}.pass: expected string, got {said(method)}")
         return None
     try:
         cls = finder.find(method)
@@ -297,11 +289,11 @@ def _parse_step(step, finder, place, faults):
         faults.append(f"{place}.name: {reason}")
     allow = step.get("allow_refusals", False)
     if type(allow) is not bool:
-        faults.append(f"{place}.allow_refusals: expected true or false, got {_said(allow)}")
+        faults.append(f"{place}.allow_refusals: expected true or false, got {said(allow)}")
     where = step.get("where", cls.role)
     if "where" in step:
         _check_where(where, f"{place}.where", faults)
-    options = _parse_options(cls, method, {k: v for k, v in step.items() if k not in COMMON}, place, faults)
+    options = parse_options(cls, method, {k: v for k, v in step.items() if k not in COMMON}, place, faults)
     if len(faults) > before:
         return None
     return Step(method, options, where, name, allow, place)
@@ -309,17 +301,17 @@ def _parse_step(step, finder, place, faults):
 
 def _name_fault(name):
     if not isinstance(name, str):
-        return f"expected string, got {_said(name)}"
+        return f"expected string, got {said(name)}"
     if not name.isascii() or not name.isidentifier() or keyword.iskeyword(name) or name.startswith("__"):
-        return f"{_said(name)} cannot be part of a parameter's name. Use letters, digits and _."
+        return f"{said(name)} cannot be part of a parameter's name. Use letters, digits and _."
     if hasattr(nn.Module, name) or name in vars(nn.Module()):
-        return f"{_said(name)} is a name that every torch module has already. Choose another."
+        return f"{said(name)} is a name that every torch module has already. Choose another."
     return None
 
 
 def _check_where(where, place, faults):
     if not isinstance(where, str | dict | list):
-        faults.append(f"{place}: expected string, object or list, got {_said(where)}")
+        faults.append(f"{place}: expected string, object or list, got {said(where)}")
 
 
 def _check_collisions(steps, faults):
@@ -331,105 +323,9 @@ def _check_collisions(steps, faults):
             continue
         key = (step.method, step.name, json.dumps(step.where, sort_keys=True))
         if key in seen and hasattr(step.options, "params"):
-            faults.append(f'{step.place}: "{step.method}" stands at {_said(step.where)} already ({seen[key]}) under the name "{step.name}". Give one of them another "name".')
+            there = f'stands at {said(step.where)} already ({seen[key]}) under the name "{step.name}"'
+            faults.append(f'{step.place}: "{step.method}" {there}. Give one of them another "name".')
         seen.setdefault(key, step.place)
-
-
-# -- options -------------------------------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _options_model(cls):
-    """The pydantic model of a pass's options. Field names are aliases, so that an option may be called `copy` or `json`."""
-    hints = typing.get_type_hints(cls, include_extras=True)
-    fields = {}
-    for f in dataclasses.fields(cls):
-        if f.default is not dataclasses.MISSING:
-            default = {"default": f.default}
-        elif f.default_factory is not dataclasses.MISSING:
-            default = {"default_factory": f.default_factory}
-        else:
-            default = {}
-        fields[f"option_{f.name}"] = (hints[f.name], pydantic.Field(alias=f.name, **default))
-    config = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=False)
-    return pydantic.create_model(cls.__name__, __config__=config, **fields)
-
-
-def _options_schema(cls):
-    return _options_model(cls).model_json_schema(by_alias=True)
-
-
-def _parse_options(cls, method, given, place, faults):
-    """An instance of the pass, or None with what is wrong added to `faults`."""
-    model = _options_model(cls)
-    try:
-        # through JSON text: there pydantic's strict mode takes a list for a tuple, and a string for an enum, as a JSON file needs
-        checked = model.model_validate_json(json.dumps(given))
-    except pydantic.ValidationError as error:
-        schema = _options_schema(cls)
-        for fault in dict.fromkeys(_in_words(e, given, schema, method, place) for e in error.errors()):
-            faults.append(fault)
-        return None
-    names = {f"option_{f.name}": f.name for f in dataclasses.fields(cls)}
-    try:
-        return cls(**{names[key]: getattr(checked, key) for key in checked.model_fields_set})
-    except (ValueError, TypeError) as error:  # what the pass itself checks in __post_init__
-        faults.append(f"{place}: {method}: {error}")
-        return None
-
-
-def _in_words(error, given, schema, method, place):
-    """One of pydantic's errors in our words."""
-    options = list(schema.get("properties", {}))
-    if error["type"] == "extra_forbidden" and len(error["loc"]) == 1:
-        name = error["loc"][0]
-        has = f"Options: {', '.join(options)}." if options else "It has no options."
-        return f'{place}: "{name}" is not an option of {method}.{closest(name, [*options, *COMMON])} {has}'
-    if error["type"] == "missing" and len(error["loc"]) == 1:
-        return f'{place}: {method} needs "{error["loc"][0]}" ({_words(schema["properties"][error["loc"][0]], schema)})'
-    if error["type"] == "json_invalid":  # half of a surrogate pair: the only JSON that Python reads and pydantic does not
-        return f"{place}: a string holds a character that is not Unicode"
-    part, value = schema, given
-    for key in error["loc"]:
-        part = _resolved(part, schema)
-        if isinstance(key, int) and "items" in part and isinstance(value, list):
-            part, value, place = part["items"], value[key], f"{place}[{key}]"
-        elif isinstance(key, int) and "prefixItems" in part and isinstance(value, list) and key < len(value):
-            part, value, place = part["prefixItems"][key], value[key], f"{place}[{key}]"
-        elif key in part.get("properties", {}) and isinstance(value, dict) and key in value:
-            part, value, place = part["properties"][key], value[key], f"{place}.{key}"
-        else:
-            break  # the branch of a union: the whole union is described
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"{place}: expected a finite number, got {_said(value)}"
-    bounds = error["type"].startswith(("greater_than", "less_than", "multiple_of", "too_", "string_too", "string_pattern"))
-    return f"{place}: expected {_words(part, schema, bounds)}, got {_said(value)}"
-
-
-def _resolved(part, schema):
-    while "$ref" in part:
-        part = schema["$defs"][part["$ref"].rsplit("/", 1)[-1]]
-    return part
-
-
-def _words(part, schema, bounds=True):
-    """A JSON Schema in a few words: `int ≥ 1`, `one of "a", "b"`, `list of string`, `int or null`."""
-    part = _resolved(part, schema)
-    if "anyOf" in part:
-        return " or ".join(dict.fromkeys(_words(p, schema, bounds) for p in part["anyOf"]))
-    if "const" in part:
-        return _said(part["const"])
-    if "enum" in part:
-        return "one of " + ", ".join(_said(v) for v in part["enum"])
-    kind = {"integer": "int", "number": "number", "boolean": "true or false", "array": "list"}.get(part.get("type"), part.get("type", "another value"))
-    if part.get("type") == "array" and "items" in part:
-        kind = f"list of {_words(part['items'], schema, bounds)}"
-    if part.get("type") == "array" and "prefixItems" in part:
-        kind = f"list of {len(part['prefixItems'])} items: {', '.join(_words(p, schema, bounds) for p in part['prefixItems'])}"
-    signs = {"minimum": "≥ {}", "exclusiveMinimum": "> {}", "maximum": "≤ {}", "exclusiveMaximum": "< {}", "multipleOf": "a multiple of {}"}
-    signs |= {"minItems": "with at least {} items", "maxItems": "with at most {} items", "minLength": "of at least {} characters", "maxLength": "of at most {} characters", "pattern": "like {}"}  # fmt: skip
-    limits = [sign.format(part[key]) for key, sign in signs.items() if key in part and "prefixItems" not in part]
-    return f"{kind} {' and '.join(limits)}" if bounds and limits else kind
 
 
 # -- the JSON Schema -----------------------------------------------------------------------------------------------------------------
@@ -440,7 +336,7 @@ WHERE_SCHEMA = {"type": ["string", "object", "array"]}
 def _schema(found):
     definitions = {"where": WHERE_SCHEMA}
     for name, cls in found.items():
-        options = _options_schema(cls)
+        options = options_schema(cls)
         for key, value in options.get("$defs", {}).items():
             definitions[key] = value
         for value in options.get("properties", {}).values():
@@ -489,7 +385,13 @@ def _schema(found):
         "type": "object",
         "properties": {
             "$schema": {"type": "string", "description": "The path of this file, for editors."},
-            "seed": {"type": "integer", "minimum": 0, "maximum": SEED_LIMIT - 1, "default": 0, "description": "Seeds the new tensors, with the path of their site."},
+            "seed": {
+                "type": "integer",
+                "minimum": 0,
+                "maximum": SEED_LIMIT - 1,
+                "default": 0,
+                "description": "Seeds the new tensors, with the path of their site.",
+            },
             "passes": {"type": "array", "items": {"anyOf": [{"$ref": f"#/$defs/{key}"} for key in definitions if key.startswith("pass.")]}},
         },
         "required": ["passes"],
