@@ -1,0 +1,206 @@
+"""Attention: `scaled_dot_product_attention`, or written out as softmax(q kᵀ [scale, mask, bias]) v, with its q, k, v and o projections.
+
+From the op that cannot be mistaken back to the affine ops that made q, k and v, and forward to the one that reads the result.
+"""
+
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from .affine import rows_in
+from .dataflow import ATTENTIONS, PRODUCTS
+
+_SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
+
+
+@dataclass(eq=False)
+class Attention:
+    """`parts`: "q" "k" "v" → list of (affine op, rows); `o`: the affine ops that read y; `latent`: op → "q" or "kv" (low-rank projections)."""
+
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    mask: fx.Node | None
+    y: fx.Node
+    parts: dict = field(default_factory=dict)
+    o: list = field(default_factory=list)
+    gates: list = field(default_factory=list)
+    positions: list = field(default_factory=list)
+    latent: dict = field(default_factory=dict)
+    is_cross: bool = False
+
+
+def find_attention(flow):
+    """All attentions of a graph, in order."""
+    found = []
+    for node in flow.nodes:
+        name = flow.name[node]
+        if name in ATTENTIONS:
+            mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+            y = node if flow.name[node] == "scaled_dot_product_attention" or node.meta.get("val") is not None and hasattr(node.meta["val"], "shape") else None
+            y = y or next((user for user in node.users if user.args[1:] == (0,)), node)
+            found.append(Attention(*node.args[:3], mask if isinstance(mask, fx.Node) else None, y))
+        elif name in _SOFTMAX:
+            written = _written_out(flow, node)
+            if written is not None:
+                found.append(written)
+    return found
+
+
+def _written_out(flow, softmax):
+    v_product = _reads_probabilities(flow, softmax)
+    if v_product is None:
+        return None
+    product, v = v_product
+    scores, positions, mask = _scores(flow, softmax.args[0])
+    if scores is None:
+        return None
+    left, right = _operands(flow, scores)
+    found = Attention(left, right, v, mask, product)
+    found.positions = positions
+    return found
+
+
+def _operands(flow, product):
+    if flow.name[product] == "einsum":
+        return product.args[1]
+    return product.args[1:3] if flow.name[product] in ("baddbmm", "addbmm") else product.args[:2]
+
+
+def _is_product(flow, node):
+    """A product of two activations."""
+    return flow.name[node] in PRODUCTS and node not in flow.affine and len(_operands(flow, node)) == 2 and all(a in flow.content for a in _operands(flow, node))
+
+
+def _reads_probabilities(flow, softmax):
+    """`(product, v)`: the product in which the probabilities, after dropout, casts, masks and slices, meet the values."""
+    queue, seen = [(softmax, user) for user in softmax.users], {softmax}
+    for parent, node in queue:
+        if node in seen:
+            continue
+        seen.add(node)
+        if _is_product(flow, node):
+            a, b = _operands(flow, node)
+            return node, (b if a is parent else a)
+        if flow.is_view(node) or flow.name[node] in ("mul", "mul_", "masked_fill", "masked_fill_", "where", "nan_to_num", "add", "div", "unsafe_view"):
+            queue += [(node, user) for user in node.users]
+        if len(queue) > 64:
+            return None
+    return None
+
+
+def _scores(flow, node):
+    """`(q kᵀ, affine ops of position terms, mask)` behind a softmax: the nearest product whose operands both come from content that is no position."""
+    queue, seen, products, mask = [node], {node}, [], None
+    for current in queue:
+        if _is_product(flow, current):
+            products.append(current)
+        if current in flow.affine or current in flow.stream or current.op != "call_function":
+            continue
+        if _is_product(flow, current):
+            parents = [current.args[0]] if flow.name[current] == "baddbmm" else []
+        else:
+            parents = [n for n in current.all_input_nodes if n in flow.content]
+        queue += [n for n in parents if n not in seen]
+        seen.update(parents)
+    positions = []
+    for current in seen:
+        if flow.name[current] in PRODUCTS and current not in flow.affine and current not in products:
+            positions += [end for side in _operands(flow, current) for end in _static_ends(flow, side)]
+    if not products:
+        return None, [], None
+    mask = _mask(flow, node, products[0])
+    return products[0], positions, mask
+
+
+def _static_ends(flow, node):
+    """The affine ops that make a value without content (projections of position tables)."""
+    queue, seen, ends = [node], {node}, []
+    for current in queue:
+        if current in flow.content:
+            continue
+        if current in flow.affine:
+            ends.append(current)
+            continue
+        parents = [n for n in current.all_input_nodes if n not in seen]
+        seen.update(parents)
+        queue += parents
+    return ends
+
+
+def _mask(flow, node, scores):
+    """The operand that is added to the scores or decides where they are filled, nearest to the softmax."""
+    for _ in range(16):
+        if node is scores or not isinstance(node, fx.Node):
+            return None
+        name = flow.name[node]
+        if name in ("add", "add_", "sub"):
+            a, b = node.args[:2]
+            if not isinstance(b, fx.Node):
+                node = a
+                continue
+            for kept, other in ((a, b), (b, a)):
+                if isinstance(other, fx.Node) and scores not in flow.cone(other, stop=(scores,))[1]:
+                    return other
+            return None
+        if name in ("masked_fill", "masked_fill_"):
+            return node.args[1]
+        if name == "where":
+            return node.args[0]
+        parents = [n for n in node.all_input_nodes if n in flow.content]
+        if len(parents) != 1:
+            return None
+        node = parents[0]
+    return None
+
+
+def find_projections(flow, attentions):
+    """Fill `parts`, `o`, `latent`, `gates` and `is_cross` of each attention."""
+    results = {a.y for a in attentions}
+    for attention in attentions:
+        for part in "qkv":
+            value = getattr(attention, part)
+            inside, ends = flow.cone(value, stop=results, floats=True)
+            attention.parts[part] = [(end, rows_in(flow, end, inside)) for end in ends if end in flow.affine]
+        attention.o = flow.onward(attention.y, stop=results)
+        direct = {op for claims in attention.parts.values() for op, _ in claims}
+        attention.o = [op for op in attention.o if op not in direct]
+        for o in attention.o:
+            inside, ends = flow.cone(flow.affine[o].x, stop=results, floats=True)
+            attention.gates += [(end, rows_in(flow, end, inside)) for end in ends if end in flow.affine]
+        _find_latents(flow, attention, direct)
+        attention.is_cross = _is_cross(flow, attention)
+
+
+def _find_latents(flow, attention, direct):
+    """Low-rank projections before q, k or v: the affine op that makes the x of another, before any stream value."""
+    for part, name in (("q", "q"), ("k", "kv"), ("v", "kv")):
+        for op, _ in attention.parts[part]:
+            inside, ends = flow.cone(flow.affine[op].x, floats=True)
+            for end in ends:
+                if end in flow.affine and end not in direct:
+                    attention.latent.setdefault(end, (name, rows_in(flow, end, inside)))
+                elif end in flow.affine:
+                    attention.latent.setdefault(end, (name, rows_in(flow, end, inside)))
+
+
+def _is_cross(flow, attention):
+    """Whether k and v come from another stream than q (or from a filled cache)."""
+    if not attention.parts["k"] and not attention.parts["v"]:
+        return bool(attention.parts["q"])
+    q, k = (_origins(flow, [flow.affine[op].x for op, _ in attention.parts[p]]) for p in ("q", "k"))
+    return bool(k) and not q & k
+
+
+def _origins(flow, values):
+    """The stream values (or inputs, embeddings) that some values are made of, affine ops crossed."""
+    queue, seen, found = list(values), set(values), set()
+    for current in queue:
+        if current in flow.stream or current.op in ("placeholder", "get_attr") or current in flow.embeddings:
+            found.add(current)
+            continue
+        for parent in flow.parents(current):
+            if parent not in seen:
+                seen.add(parent)
+                queue.append(parent)
+    return found

@@ -1,0 +1,214 @@
+"""Residual streams and what hangs on them: MLPs, experts with their router, mixers.
+
+    residual  y = stream + branch, where the stream's value reaches the branch through at least one affine op
+    mlp       a branch of position-wise ops: up [gate], an activation, down
+    experts   the same on weights with an expert axis, or on tokens picked by a router
+    mixer     a branch that mixes positions without attention: state space, convolution, linear attention
+"""
+
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from .affine import rows_in
+from .dataflow import is_float, value
+
+_ADDS = frozenset({"add", "add_", "sub", "index_add"})
+_PICKS = frozenset({"topk", "argmax", "max", "argsort", "sort"})
+_INDEXING = frozenset({"index", "index_select", "gather", "index_add", "index_add_", "scatter", "scatter_add", "scatter_add_", "one_hot", "where", "eq"})
+
+
+@dataclass(eq=False)
+class Residual:
+    stream: fx.Node
+    branch: fx.Node
+    y: fx.Node
+    origin: fx.Node  # the value that the branch starts from
+
+
+@dataclass(eq=False)
+class Mlp:
+    """`parts`: "up" "gate" "down" → list of (affine op, rows); `x`: what enters, `y`: what leaves towards the residual."""
+
+    x: fx.Node
+    y: fx.Node
+    parts: dict = field(default_factory=dict)
+    expert: bool = False
+
+
+@dataclass(eq=False)
+class Mixer:
+    """`parts`: "in" "inner" "out" → list of (affine op, rows)."""
+
+    x: fx.Node
+    y: fx.Node
+    parts: dict = field(default_factory=dict)
+
+
+def find_residuals(flow):
+    """The residual adds, in order; `flow.stream` is filled with the values on the streams."""
+    residuals = {}
+    for node in flow.nodes:
+        if flow.name[node] not in _ADDS or len(node.args) < 2 or node not in flow.content or not is_float(node):
+            continue
+        a, b = node.args[:2]
+        if not (isinstance(a, fx.Node) and isinstance(b, fx.Node) and a in flow.content and b in flow.content and a is not b):
+            continue
+        if len(value(node).shape) < 2 or not tuple(value(a).shape) == tuple(value(b).shape) == tuple(value(node).shape):
+            continue
+        found = next((found for s, t in ((a, b), (b, a)) if (found := _residual(flow, residuals, node, s, t)) is not None), None)
+        if found is not None:
+            residuals[node] = found
+            flow.stream |= {node, flow.strip(found.stream)}
+    return list(residuals.values())
+
+
+def _residual(flow, residuals, node, stream, branch):
+    origin = flow.strip(stream)
+    for _ in range(3):
+        if flow.place[origin] < flow.place[flow.strip(branch)] and flow.reaches(origin, branch)[1]:
+            return Residual(stream, branch, node, origin)
+        if origin not in residuals:  # a second branch from the same stream: x + f(x) + g(x)
+            return None
+        origin = residuals[origin].origin
+    return None
+
+
+def branches(flow, residual, attention_of):
+    """The summands of a branch: one, or several where parallel branches were added up before they met the stream."""
+    found, queue = [], [residual.branch]
+    for node in queue:
+        core = flow.strip(node)
+        if flow.name[core] in _ADDS and core not in flow.stream and len(flow.parents(core)) == 2 and tuple(value(core.args[0]).shape) == tuple(value(core.args[1]).shape):
+            sides = [_kinds(flow, side, attention_of) for side in core.args[:2]]
+            if sides[0] != sides[1] and all(sides):
+                queue += core.args[:2]
+                continue
+        found.append(node)
+    return found
+
+
+def _kinds(flow, node, attention_of):
+    ends = [end for end in flow.cone(node, floats=True)[1] if end in flow.affine]
+    return {"attention" if end in attention_of else "other" for end in ends}
+
+
+def find_routers(flow):
+    """Affine ops whose output decides by `topk` (or the like) which experts a token takes: op → the picks."""
+    routers = {}
+    for node in flow.nodes:
+        if flow.name[node] not in _PICKS or node not in flow.content or not is_float(node.args[0]):
+            continue
+        if not _picks_rows(flow, node):
+            continue
+        inside, ends = flow.cone(node.args[0], floats=True)
+        if any(flow.is_mixing(n) for n in inside):
+            continue
+        for end in ends:
+            if end in flow.affine and flow.affine[end].kind == "linear":
+                routers.setdefault(end, []).append(node)
+    return routers
+
+
+def _picks_rows(flow, node):
+    """Whether the indices of a pick select tokens or experts later on."""
+    queue, seen = list(node.users), set(node.users)
+    for current in queue[:256]:
+        if flow.name[current] in _INDEXING or "grouped_mm" in flow.name[current] or current.op == "call_module":
+            return True
+        if current.op == "output" or current in flow.affine:
+            continue
+        fresh = [user for user in current.users if user not in seen]
+        seen.update(fresh)
+        if len(queue) < 256:
+            queue += fresh
+    return False
+
+
+def read_branch(flow, y, origin, routers, taken, results):
+    """What a branch is: an Mlp, a Mixer or None. `taken` are affine ops that belong to attention, `results` the attentions' values."""
+    inside, ends = flow.cone(y, stop=results, floats=True)
+    downs = [end for end in ends if end in flow.affine and end not in routers and end not in taken]
+    if not downs or any(end in taken or end in results for end in ends):
+        return None
+    region, mixing = _region(flow, downs, routers, results)
+    if mixing or any(flow.is_mixing(n) for n in inside):
+        return _mixer(flow, y, inside, downs, region, routers)
+    found = Mlp(None, y, {"up": [], "gate": [], "down": []})
+    for down in downs:
+        up, gate = _gating(flow, flow.affine[down].x, routers, results)
+        if up is None:
+            continue
+        found.parts["down"].append((down, rows_in(flow, down, inside)))
+        found.parts["up"] += up
+        found.parts["gate"] += gate
+    if not found.parts["down"]:
+        return None
+    first = found.parts["up"][0][0]
+    found.expert = flow.affine[found.parts["down"][0][0]].kind == "experts"
+    entry = next((router for router in routers if router in ends), None)
+    found.x = flow.strip(flow.affine[entry or first].x, drops=False, scales=False)
+    return found
+
+
+def _region(flow, downs, routers, results):
+    """All affine ops of a branch behind its last ones, and whether values mix positions on the way."""
+    queue, seen, mixing = list(downs), set(downs), False
+    for op in queue:
+        if op in routers:
+            continue
+        inside, ends = flow.cone(flow.affine[op].x, stop=results, floats=True)
+        mixing = mixing or any(flow.is_mixing(n) for n in inside)
+        for end in ends:
+            if end in flow.affine and end not in seen:
+                seen.add(end)
+                queue.append(end)
+    return queue, mixing or any(_is_sequence_conv(flow, op) for op in queue if op not in downs)
+
+
+def _is_sequence_conv(flow, op):
+    return False
+
+
+def _mixer(flow, y, inside, outs, region, routers):
+    found = Mixer(None, y, {"in": [], "inner": [], "out": [(op, None) for op in outs]})
+    for op in region:
+        if op in outs:
+            continue
+        _, ends = flow.cone(flow.affine[op].x, floats=True)
+        found.parts["inner" if any(end in flow.affine for end in ends) else "in"].append((op, None))
+    first = (found.parts["in"] or found.parts["inner"] or found.parts["out"])[0][0]
+    found.x = flow.strip(flow.affine[first].x, drops=False, scales=False)
+    return found
+
+
+def _sources(flow, node, routers, results):
+    """`({(op, rows)}, whether an activation lies on the way)` of a value."""
+    inside, ends = flow.cone(node, stop=results, floats=True)
+    ops = [end for end in ends if end in flow.affine and end not in routers]
+    return [(op, rows_in(flow, op, inside)) for op in ops], any(flow.is_nonlinear(n) for n in inside)
+
+
+def _gating(flow, x, routers, results):
+    """`(up, gate)` behind the input of a down projection; `(None, None)` where no activation lies between."""
+    sources, nonlinear = _sources(flow, x, routers, results)
+    if not sources or not nonlinear:
+        return None, None
+    inside, _ = flow.cone(x, stop=results, floats=True)
+    for node in inside:
+        if flow.name[node] == "glu":
+            return _halves(flow, node, routers, results)
+        if flow.name[node] not in ("mul", "mul_") or len(set(flow.parents(node))) != 2:
+            continue
+        a, b = node.args[:2]
+        (left, bent_left), (right, bent_right) = (_sources(flow, side, routers, results) for side in (a, b))
+        if not left or not right or set(left) == set(right) or not (bent_left or bent_right):
+            continue
+        return (right, left) if bent_left else (left, right)
+    return sources, []
+
+
+def _halves(flow, glu, routers, results):
+    """`glu(x)` = first half · sigmoid(second half), on one op or on each of several."""
+    sources, _ = _sources(flow, glu.args[0], routers, results)
+    return sources, []

@@ -1,0 +1,168 @@
+"""Walking through a graph: what a value is made of, and where it goes.
+
+    content   values that depend on what is in the inputs (sizes alone do not count)
+    shape     ops that only move or copy numbers
+    cone      everything between a value and the places where the walk stops
+
+All walks are iterative and stop at the nearest affine op, so that an analysis of a whole model is linear in its depth.
+"""
+
+import operator
+
+import torch
+
+_VIEWS = frozenset(
+    "view _unsafe_view reshape transpose permute t mT expand expand_as contiguous clone alias unsqueeze squeeze flatten unflatten movedim moveaxis swapaxes swapdims "
+    "slice select narrow split split_with_sizes chunk unbind unsafe_chunk unsafe_split unsafe_split_with_sizes tensor_split roll flip repeat repeat_interleave "
+    "cat stack concat concatenate rot90 pixel_shuffle pixel_unshuffle view_as reshape_as numpy_T tile broadcast_to lift_fresh_copy".split()
+)  # fmt: skip
+_CASTS = frozenset("to _to_copy type_as detach detach_ lift_fresh float half bfloat16 double requires_grad_".split())
+_DROPS = frozenset("dropout native_dropout feature_dropout alpha_dropout dropout_".split())
+_NARROWING = frozenset("slice select narrow split split_with_sizes chunk unbind unsafe_chunk unsafe_split unsafe_split_with_sizes tensor_split".split())
+# Regular axes are reordered but never dropped or doubled: the module tree calls these the same value.
+_REORDERS = frozenset("view _unsafe_view reshape transpose permute t mT contiguous clone alias unsqueeze squeeze flatten unflatten movedim moveaxis".split())
+_NONLINEAR = frozenset(
+    "relu relu_ gelu gelu_ silu silu_ sigmoid sigmoid_ tanh tanh_ elu elu_ selu celu leaky_relu leaky_relu_ hardswish hardswish_ hardsigmoid hardtanh hardtanh_ "
+    "mish mish_ softplus prelu relu6 relu6_ glu pow square exp erf log_sigmoid softsign abs sin cos threshold rrelu hardshrink log_sigmoid_forward".split()
+)  # fmt: skip
+PRODUCTS = frozenset("matmul mm bmm baddbmm addmm addbmm einsum linalg_vecdot dot mv _grouped_mm".split())
+_MIXING = PRODUCTS | frozenset("cumsum cumprod logcumsumexp cummax associative_scan scan while_loop cond stft fft_fft fft_fft2 fft_rfft convolution conv1d conv2d conv3d".split())
+_SCALINGS = frozenset("mul mul_ div div_".split())
+
+
+def op_name(node):
+    """`linear` for aten.linear.default, the bare name of any other target; "" for nodes that are no calls."""
+    if node.op != "call_function":
+        return ""
+    packet = getattr(node.target, "overloadpacket", None)
+    return packet.__name__ if packet is not None else getattr(node.target, "__name__", str(node.target))
+
+
+def value(node):
+    """The fake tensor of a node, or None where its value is no tensor."""
+    val = node.meta.get("val")
+    return val if isinstance(val, torch.Tensor) else None
+
+
+def is_float(node):
+    val = value(node)
+    return val is not None and val.dtype.is_floating_point
+
+
+def tensors(node):
+    """The inputs of a node that are tensors or lists of them, in order (sizes are left out)."""
+    return [n for n in node.all_input_nodes if not isinstance(n.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool))]
+
+
+class Flow:
+    """Facts about each node of a graph that every analysis reads, made in one pass over it."""
+
+    def __init__(self, graph):
+        self.graph = graph
+        self.nodes = list(graph.nodes)
+        self.place = {node: i for i, node in enumerate(self.nodes)}
+        self.name = {node: op_name(node) for node in self.nodes}
+        self.content = set()
+        for node in self.nodes:
+            if node.op == "placeholder" or node.op == "call_module" or any(n in self.content for n in tensors(node)):
+                self.content.add(node)
+        self.affine = {}  # operation → Affine, filled by affine.py
+        self.stream = set()  # values on a residual stream, filled by branches.py
+        self.embeddings = {}  # lookup → Affine, filled by affine.py
+
+    def parents(self, node):
+        """The tensor inputs of a node that carry content."""
+        return [n for n in tensors(node) if n in self.content]
+
+    def strip(self, node, drops=True, scales=True):
+        """The value behind reorderings and casts (and dropout, and a multiplication with a number)."""
+        while True:
+            name = self.name[node]
+            if name in _REORDERS or name in _CASTS or (drops and name in _DROPS):
+                node = node.args[0]
+            elif name == "slice" and self._is_whole(node):
+                node = node.args[0]
+            elif scales and name in _SCALINGS and len(self.parents(node)) == 1 and self._is_number(node):
+                node = self.parents(node)[0]
+            else:
+                return node
+
+    def _is_whole(self, node):
+        a, b = value(node), value(node.args[0])
+        return a is not None and b is not None and tuple(a.shape) == tuple(b.shape)
+
+    def _is_number(self, node):
+        """Whether a binary op has a number, or a tensor of one element, beside its content."""
+        others = [a for a in node.args if not (isinstance(a, torch.fx.Node) and a in self.content)]
+        return all(not isinstance(a, torch.fx.Node) or value(a) is None or value(a).dim() == 0 for a in others)
+
+    def cone(self, node, stop=(), floats=False):
+        """`(inside, ends)`: the nodes that make a value, back to the nearest affine op, stream value, placeholder or member of `stop`.
+
+        `ends` is ordered by distance; both hold nodes with content alone. The value itself may be an end. `floats` leaves out integer and boolean inputs (masks, indices).
+        """
+        inside, ends, queue, seen = [], [], [node], {node}
+        for current in queue:
+            if current in self.affine or current in self.stream or current in stop or current.op in ("placeholder", "get_attr"):
+                ends.append(current)
+                continue
+            inside.append(current)
+            for parent in self.parents(current):
+                if parent not in seen and not (floats and value(parent) is not None and not is_float(parent)):
+                    seen.add(parent)
+                    queue.append(parent)
+        return inside, ends
+
+    def reaches(self, source, target):
+        """Whether `source` is an ancestor of `target`, and whether an affine op, an attention or an opaque module lies between."""
+        floor, seen, stack = self.place[source], {target}, [(target, False)]
+        found = False
+        while stack:
+            node, worked = stack.pop()
+            if node is source:
+                found = True
+                if worked:
+                    return True, True
+                continue
+            worked = worked or node in self.affine or node.op == "call_module" or self.name[node] in _MIXING or self.name[node] in ATTENTIONS
+            for parent in self.parents(node):
+                if self.place[parent] >= floor and (parent not in seen or parent is source):
+                    seen.add(parent)
+                    stack.append((parent, worked))
+        return found, False
+
+    def onward(self, node, stop=()):
+        """The nearest affine ops that read a value (directly or through anything but a stream value), in graph order."""
+        found, queue, seen = set(), [node], {node}
+        for current in queue:
+            for user in current.users:
+                if user in seen:
+                    continue
+                seen.add(user)
+                if user in self.affine:
+                    found.add(user)
+                elif user in self.stream or user in stop or user.op == "output":
+                    continue
+                else:
+                    queue.append(user)
+        return sorted(found, key=self.place.__getitem__)
+
+    def is_nonlinear(self, node):
+        return self.name[node] in _NONLINEAR
+
+    def is_mixing(self, node):
+        """Whether an op mixes positions: a product of two activations, a scan, an opaque module."""
+        return self.name[node] in _MIXING or self.name[node] in ATTENTIONS or node.op == "call_module"
+
+    def is_view(self, node):
+        name = self.name[node]
+        return name in _VIEWS or name in _CASTS or name in _DROPS or node.target is operator.getitem
+
+    def narrows(self, node):
+        return self.name[node] in _NARROWING and not (self.name[node] == "slice" and self._is_whole(node))
+
+
+ATTENTIONS = frozenset({
+    "scaled_dot_product_attention", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math", "flex_attention",
+})  # fmt: skip

@@ -1,0 +1,304 @@
+"""What each part of a graph is for, by dataflow alone: no names of modules, no knowledge of models.
+
+Affine ops on weights, norms and attention cannot be mistaken; residual adds are found by reachability; everything else follows
+from what lies between them (attention.py, branches.py). What is not recognised is still a "linear".
+"""
+
+from .affine import find_affine
+from .attention import find_attention, find_projections
+from .branches import Mlp, branches, find_residuals, find_routers, read_branch
+from .dataflow import Flow, is_float, tensors, value
+from .graph import Graph, attribute, path_of
+from .norms import find_norms
+from .site import Layout, Roles, Rows, Site
+
+__all__ = ["Layout", "Roles", "Rows", "Site", "roles"]
+
+
+def roles(model_or_graph, example=None):
+    """The sites of a graph, or of a model (which is captured first, `example` as for capture)."""
+    if isinstance(model_or_graph, Graph):
+        graph = model_or_graph
+    else:
+        from .capture import capture
+
+        graph = capture(model_or_graph, example)
+    return Roles(_Survey(graph).sites())
+
+
+class _Survey:
+    """One reading of a graph: the parts are found in the order in which each needs the ones before."""
+
+    def __init__(self, graph):
+        self.graph, self.flow = graph, Flow(graph)
+        flow = self.flow
+        find_affine(flow)
+        self.norms = find_norms(flow)
+        self.residuals = find_residuals(flow)
+        self.attentions = find_attention(flow)
+        find_projections(flow, self.attentions)
+        self.routers = find_routers(flow)
+        self.claims = {}  # affine op → [(role, rows)]
+        self.regions = []  # (role, x, y, affine ops)
+        self._claim_attention()
+        self._claim_branches()
+        self.heads = self._heads()
+
+    def _claim(self, op, role, rows=None):
+        claims = self.claims.setdefault(op, [])
+        if (role, rows) not in claims:
+            claims.append((role, rows))
+
+    def _claim_attention(self):
+        for attention in self.attentions:
+            for part in "qkv":
+                for op, rows in attention.parts[part]:
+                    self._claim(op, f"attention.{part}", rows)
+            for op in attention.positions:
+                self._claim(op, "attention.position")
+        for attention in self.attentions:
+            for op in attention.o:
+                if op not in self.claims:
+                    self._claim(op, "attention.o")
+            for op, (name, rows) in attention.latent.items():
+                self._claim(op, f"attention.latent.{name}", rows)
+            for op, rows in attention.gates:
+                self._claim(op, "attention.gate", rows)
+
+    def _claim_branches(self):
+        flow = self.flow
+        results = {a.y for a in self.attentions}
+        taken = {op: a for a in self.attentions for op in (*a.o, *(op for claims in a.parts.values() for op, _ in claims))}
+        attention_of = {op: a for a in self.attentions for op in a.o}
+        for op in self.routers:
+            self.claims[op] = [("router", None)]
+        for residual in self.residuals:
+            for y in branches(flow, residual, attention_of):
+                attention = self._attention_behind(y, attention_of)
+                if attention is not None:
+                    ops = [op for claims in attention.parts.values() for op, _ in claims] + attention.o
+                    x = next((flow.affine[op].x for part in "qkv" for op, _ in attention.parts[part]), residual.origin)
+                    self.regions.append(("attention.block", flow.strip(x, drops=False, scales=False), y, ops))
+                    continue
+                found = read_branch(flow, y, residual.origin, self.routers, taken, results)
+                if found is None:
+                    continue
+                stem = "mixer" if not isinstance(found, Mlp) else "expert" if found.expert else "mlp"
+                for part, ops in found.parts.items():
+                    for op, rows in ops:
+                        self._claim(op, f"{stem}.{part}", rows)
+                self.regions.append(("mlp" if stem == "expert" else stem, found.x, y, [op for ops in found.parts.values() for op, _ in ops]))
+
+    def _attention_behind(self, y, attention_of):
+        _, ends = self.flow.cone(y, stop={a.y for a in self.attentions}, floats=True)
+        for end in ends:
+            if end in attention_of:
+                return attention_of[end]
+            for attention in self.attentions:
+                if end is attention.y:
+                    return attention
+        return None
+
+    def _heads(self):
+        """Affine ops after which only the output follows: op → the output's value that they make."""
+        flow, feeds, heads = self.flow, set(), {}
+        for node in reversed(flow.nodes):
+            if any(user in flow.affine or user in feeds for user in node.users):
+                feeds.add(node)
+        for op in flow.affine:
+            if op in self.claims or op in feeds:
+                continue
+            value_out = self._to_output(op)
+            if value_out is not None:
+                heads[op] = value_out
+                self.claims[op] = [("head", None)]
+        if not self.residuals:
+            return heads
+        for op in reversed(list(flow.affine)):  # dense layers between the last stream value and the head
+            onward = set(flow.onward(op))
+            if op not in self.claims and onward and all(self.claims.get(o, [("", None)])[0][0] in ("head", "head.hidden") for o in onward):
+                self.claims[op] = [("head.hidden", None)]
+        return heads
+
+    def _to_output(self, op):
+        queue, seen, found = [op], {op}, []
+        for node in queue:
+            for user in node.users:
+                if user.op == "output":
+                    found.append(node)
+                elif user not in seen and user not in self.flow.stream and not self._bends(user):
+                    seen.add(user)
+                    queue.append(user)
+        return next((node for node in found if value(node) is not None and value(node).dim() > 1), found[0] if found else None)
+
+    def _bends(self, node):
+        """An activation ends the way to a head, unless it caps logits (c · tanh(y / c))."""
+        if not self.flow.is_nonlinear(node) or self.flow.name[node] == "pow":
+            return False
+        return not (self.flow.name[node] == "tanh" and self.flow.name[node.args[0]] in ("mul", "div"))
+
+    # Sites
+
+    def sites(self):
+        sites = []
+        for op, affine in self.flow.affine.items():
+            sites += self._affine_sites(op, affine)
+        sites += [self._embed_site(op, affine) for op, affine in self.flow.embeddings.items()]
+        sites += [self._norm_site(norm) for norm in self.norms.values()]
+        sites += [self._attention_site(attention) for attention in self.attentions]
+        sites += [self._plain("residual", ("residual",), r.y, path_of(r.y), {"stream": r.stream, "branch": r.branch, "y": r.y}) for r in self.residuals]
+        for role, x, y, ops in self.regions:
+            sites.append(self._plain(role, (role,), y, self._common(ops, y), {"x": x, "y": y}))
+        sites += self._block_sites()
+        sites += [self._plain("logits", ("logits",), y, path_of(y), {"y": y}) for y in dict.fromkeys(self.heads.values())]
+        output = self.flow.nodes[-1]
+        inputs = dict(zip(self.graph.inputs, self.graph.placeholders))
+        logits = next(iter(self.heads.values()), None)
+        sites.append(self._plain("model", ("model",), output, "", {**inputs, "logits": logits}))
+        place = self.flow.place
+        return sorted(sites, key=lambda site: (place[site.node], len(site.layout.rows or ()) != 0, site.layout.rows.start if site.layout.rows else 0))
+
+    def _plain(self, role, roles, node, path, handles, **more):
+        block, index = self._block_of(path, node)
+        return Site(node, role, roles, path, path, handles, block=block, index=index, call=node.meta.get("call", 0), **more)
+
+    def _block_of(self, *places):
+        for place in places:
+            path = place if isinstance(place, str) else path_of(place)
+            for block in self.graph.blocks:
+                if path == block or path.startswith(block + "."):
+                    siblings = [b for b in self.graph.blocks if b.rpartition(".")[0] == block.rpartition(".")[0]]
+                    return block, siblings.index(block)
+        return None, None
+
+    def _place(self, node, w):
+        """`(path, owner, label)` of the weight of an op."""
+        if w.op != "get_attr":
+            return path_of(node), path_of(node), ""
+        owner, _, name = w.target.rpartition(".")
+        module = attribute(self.graph.root, owner)
+        called = path_of(node)
+        if called != owner:
+            tensor = attribute(self.graph.root, w.target)
+            try:
+                here = attribute(self.graph.root, called)
+            except AttributeError:
+                here = None
+            for own, parameter in getattr(here, "_parameters", {}).items():
+                if parameter is tensor:  # a tied weight, called here
+                    owner, name, module = called, own, here
+        matrices = [p for p in module._parameters.values() if p is not None and p.dim() >= 2]
+        if len(matrices) == 1 and not module._modules:
+            return owner, owner, ""
+        return f"{owner}.{name}" if owner else name, owner, name
+
+    def _affine_sites(self, op, affine):
+        claims = self.claims.get(op) or [(_unclaimed(self.flow, op, affine), None)]
+        family = "conv" if affine.kind == "conv" else "linear"
+        parts = {}
+        for role, rows in claims:
+            parts.setdefault(rows, []).append(role)
+        if len(parts) == 1 or None in parts:
+            names = parts.get(None) or next(iter(parts.values()))
+            names = list(dict.fromkeys(names + [r for rows, more in parts.items() if rows is not None for r in more]))
+            return [self._affine_site(op, affine, names, None, "", family)]
+        stems = {role.partition(".")[0] for roles in parts.values() for role in roles}
+        leaves = [roles[0].rpartition(".")[2] for _, roles in sorted(parts.items(), key=lambda item: item[0].start)]
+        joined = {("q", "k", "v"): "qkv", ("gate", "up"): "gate_up"}.get(tuple(sorted(leaves, key="qkvgateup".find)), "+".join(leaves))
+        sites = [self._affine_site(op, affine, [f"{min(stems)}.{joined}"], None, "", None)]
+        for rows, roles in parts.items():
+            sites.append(self._affine_site(op, affine, roles, rows, roles[0].rpartition(".")[2], family))
+        return sites
+
+    def _affine_site(self, op, affine, names, rows, label, family):
+        path, owner, parameter = self._place(op, affine.w)
+        if family and names[0] not in ("head", "router"):
+            names = [*names, family]
+        layout = Layout(affine.kind, affine.transposed, affine.axis, rows, affine.stored, affine.arguments)
+        block, index = self._block_of(path, op)
+        label = ".".join(filter(None, (parameter, label)))
+        handles = {"x": affine.x, "w": affine.w, "b": affine.b, "y": op}
+        return Site(op, names[0], tuple(dict.fromkeys(names)), path, owner, handles, label, layout, op, index, block, op.meta.get("call", 0))
+
+    def _embed_site(self, op, affine):
+        path, owner, label = self._place(op, affine.w)
+        role = self._lookup(affine.x)
+        block, index = self._block_of(path, op)
+        layout = Layout("embedding", arguments=affine.arguments)
+        return Site(op, role, (role,), path, owner, {"ids": affine.x, "w": affine.w, "y": op}, label, layout, op, index, block, op.meta.get("call", 0))
+
+    def _lookup(self, ids):
+        """Ids of an input are tokens, ids that are counted are positions, constant ones belong to a table added to the tokens'."""
+        flow = self.flow
+        if ids not in flow.content:
+            return "embed.added" if self._is_constant(ids) else "embed.position"
+        queue, seen = [ids], {ids}
+        for node in queue:
+            if flow.name[node] in ("cumsum", "sub", "arange"):
+                return "embed.position"
+            fresh = [n for n in tensors(node) if n not in seen]
+            seen.update(fresh)
+            queue += fresh
+        return "embed"
+
+    def _is_constant(self, ids):
+        while ids.op != "get_attr":
+            if self.flow.name[ids] in ("zeros", "zeros_like", "ones", "full", "new_zeros"):
+                return True
+            parents = tensors(ids)
+            if not parents:
+                return False
+            ids = parents[0]
+        tensor = attribute(self.graph.root, ids.target)
+        return tensor.device.type != "meta" and tensor.numel() > 0 and bool((tensor == tensor.flatten()[0]).all())
+
+    def _norm_site(self, norm):
+        if norm.w is not None:
+            path = norm.w.target.rpartition(".")[0]
+        else:
+            path = path_of(norm.y)
+        return self._plain("norm", ("norm",), norm.y, path, {"x": norm.x, "w": norm.w, "b": norm.b, "y": norm.y}, operation=norm.y)
+
+    def _attention_site(self, a):
+        roles = ("attention.cross", "attention") if a.is_cross else ("attention",)
+        return self._plain(roles[0], roles, a.y, path_of(a.y), {"q": a.q, "k": a.k, "v": a.v, "mask": a.mask, "y": a.y}, operation=a.y)
+
+    def _common(self, ops, y):
+        paths = [self._place(op, self.flow.affine[op].w)[0].split(".") for op in ops] or [path_of(y).split(".")]
+        common = []
+        for names in zip(*paths):
+            if len(set(names)) > 1:
+                break
+            common.append(names[0])
+        return ".".join(common)
+
+    def _block_sites(self):
+        inside = {block: [] for block in self.graph.blocks}
+        for node in self.flow.nodes:
+            if node.op in ("call_function", "call_module") and (block := self._block_of(node)[0]) is not None:
+                inside[block].append(node)
+        sites = []
+        for block, nodes in inside.items():
+            for call in sorted({node.meta.get("block_call", 0) for node in nodes}):
+                sites += self._block_site(block, [node for node in nodes if node.meta.get("block_call", 0) == call])
+        return sites
+
+    def _block_site(self, block, nodes):
+        members = set(nodes)
+        left = [node for node in nodes if is_float(node) and any(user not in members for user in node.users)]
+        residual = next((r for r in self.residuals if r.y in members), None)
+        x = residual.origin if residual is not None and residual.origin not in members else None
+        if x is None:
+            x = next((p for node in nodes for p in self.flow.parents(node) if p not in members and is_float(p)), None)
+        if not left or x is None:
+            return []
+        return [self._plain("block", ("block",), left[-1], block, {"x": x, "y": left[-1]})]
+
+
+def _unclaimed(flow, op, affine):
+    if affine.kind != "conv":
+        return "linear"
+    window = tuple(value(affine.w).shape[2:])
+    stride = tuple(op.args[3]) if len(op.args) > 3 else ()
+    is_patch = flow.strip(affine.x).op == "placeholder" and stride == window and max(window) > 1
+    return "embed.patch" if is_patch else "conv"
