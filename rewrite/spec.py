@@ -40,17 +40,15 @@ class Step:
     allow_refusals: bool = False
     place: str = field(default="", compare=False)
 
-    def to_dict(self):
-        """The step as plain JSON values, defaults left out."""
+    def to_dict(self, *, full=False):
+        """The step as plain JSON values; defaults are left out unless `full`."""
         model = options_model(type(self.options))
         given = model(**{f.name: getattr(self.options, f.name) for f in dataclasses.fields(self.options)})
-        return {
-            "pass": self.method,
-            **({} if self.where == self.options.role else {"where": self.where}),
-            **given.model_dump(mode="json", by_alias=True, exclude_defaults=True),
-            **({} if self.name == "default" else {"name": self.name}),
-            **({"allow_refusals": True} if self.allow_refusals else {}),
-        }
+        step = {"pass": self.method, "where": self.where}
+        step |= given.model_dump(mode="json", by_alias=True, exclude_defaults=not full)
+        step |= {"name": self.name, "allow_refusals": self.allow_refusals}
+        usual = {"where": self.options.role, "name": "default", "allow_refusals": False}
+        return {key: value for key, value in step.items() if key not in usual or (value is not None if full else value != usual[key])}
 
 
 @dataclass(frozen=True)
@@ -80,9 +78,9 @@ class Spec:
             raise SpecError("\n".join(prefix + fault for fault in faults))
         return spec
 
-    def to_dict(self):
-        """The spec as plain JSON values, defaults left out."""
-        return {**({"seed": self.seed} if self.seed else {}), "passes": [step.to_dict() for step in self.passes]}
+    def to_dict(self, *, full=False):
+        """The spec as plain JSON values; defaults are left out unless `full`."""
+        return {**({"seed": self.seed} if self.seed or full else {}), "passes": [step.to_dict(full=full) for step in self.passes]}
 
     def to_json(self):
         """The spec as JSON text, defaults left out, one pass a line; parsing it gives an equal Spec."""
@@ -322,7 +320,7 @@ def _check_collisions(steps, faults):
             seen.clear()
             continue
         key = (step.method, step.name, json.dumps(step.where, sort_keys=True))
-        if key in seen and hasattr(step.options, "params"):
+        if key in seen:
             there = f'stands at {said(step.where)} already ({seen[key]}) under the name "{step.name}"'
             faults.append(f'{step.place}: "{step.method}" {there}. Give one of them another "name".')
         seen.setdefault(key, step.place)

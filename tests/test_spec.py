@@ -133,6 +133,9 @@ def test_round_trip(rank, alpha, kind, sizes, start, tag, side, table, name, see
 def test_defaults_are_left_out():
     spec = parse(rosa(where="linear", alpha=16.0, kind="narrow", name="default", allow_refusals=False), {"pass": "still"}, seed=0)
     assert spec.to_dict() == {"passes": [{"pass": "rosa", "rank": 4}, {"pass": "still"}]}
+    full = spec.to_dict(full=True)
+    assert full["seed"] == 0 and full["passes"][0]["alpha"] == 16.0 and full["passes"][0]["where"] == "linear"
+    assert Spec.parse(full, PASSES) == spec
     assert Spec().to_dict() == {"passes": []}
     assert Spec.parse(json.loads(Spec().to_json())) == Spec()
 
