@@ -145,4 +145,7 @@ def _rebuild(tree, stream, inputs):
         for child in children:
             cache.layers.append(DynamicLayer() if child is None else FullLayer(*child))
         return cache
-    return EncoderDecoderCache(*children)
+    both = EncoderDecoderCache(children[0], DynamicCache())
+    both.cross_attention_cache = children[1]  # not through its constructor, which would ask for the sizes
+    both.is_updated = {index: layer.is_initialized for index, layer in enumerate(children[1].layers)}
+    return both

@@ -1,0 +1,170 @@
+"""Example inputs of a Hugging Face model, made from its config: real small tensors that the model accepts.
+
+Sizes that stand for "any" (batch, length, past, target) are primes that occur nowhere in the config, so that no two dimensions
+are taken for one another. Values come from a generator of their own: nobody's random state is touched.
+"""
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+
+from .errors import Refused
+
+PRIMES = (3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
+CACHES = ("past_key_values", "cache_params")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The dimensions that are to become symbols, all different from one another and from every number of the config."""
+
+    batch: int
+    length: int
+    past: int
+    target: int
+
+
+def sizes(config):
+    """Four primes, ascending where it matters little, that are no number of this config or of the configs in it."""
+    taken = set(_integers(config.to_dict()))
+    batch, past, target, length = [prime for prime in PRIMES if prime not in taken][:4]
+    return Sizes(batch, length, past, target)
+
+
+def _integers(value):
+    if isinstance(value, dict):
+        value = value.values()
+    if isinstance(value, (list, tuple, type({}.values()))):
+        for item in value:
+            yield from _integers(item)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield value
+
+
+def setting(config, *names, default=None):
+    """The first of these settings that the config, or a config inside it, has and that is not None."""
+    inner = [getattr(config, name) for name in getattr(config, "sub_configs", {}) if getattr(config, name, None) is not None]
+    for name in names:
+        for place in (config, *inner):
+            value = getattr(place, name, None)
+            if value is not None:
+                return value
+    return default
+
+
+class Examples:
+    """Makes example tensors for one model, always the same ones."""
+
+    def __init__(self, model):
+        self.model, self.config = model, model.config
+        self.sizes = sizes(model.config)
+        self.device, self.dtype = model.device, model.dtype
+        self.parameters = inspect.signature(model.forward).parameters
+        self.generator = torch.Generator().manual_seed(0)
+
+    def integers(self, low, high, *shape):
+        if self.device.type == "meta":
+            return torch.zeros(shape, dtype=torch.long, device="meta")
+        return torch.randint(low, max(high, low + 1), shape, generator=self.generator).to(self.device)
+
+    def floats(self, *shape):
+        if self.device.type == "meta":
+            return torch.empty(shape, dtype=self.dtype, device="meta")
+        return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
+
+    def ids(self, length):
+        """Token ids, none of them special but the end of sequence that some heads look for: (batch, length), int64."""
+        text = self.config.get_text_config()
+        vocab = setting(text, "vocab_size") or setting(self.config, "vocab_size", default=2)
+        special = {v for name in ("pad", "bos", "eos", "sep", "cls", "decoder_start") if isinstance(v := setting(self.config, f"{name}_token_id"), int)}
+        ids = self.integers(min(len(special) + 1, vocab - 1), vocab, self.sizes.batch, length)
+        if self.device.type != "meta":
+            end = setting(text, "eos_token_id")
+            for token in sorted(special):
+                ids[ids == token] = next(i for i in range(vocab) if i not in special)
+            if isinstance(end, int) and 0 <= end < vocab:
+                ids[:, -1] = end
+        return ids
+
+    def mask(self, length, first=False):
+        """An attention mask whose last row has its last (or first) place masked: (batch, length), int64."""
+        if self.device.type == "meta":
+            return torch.ones(self.sizes.batch, length, dtype=torch.long, device="meta")
+        mask = torch.ones(self.sizes.batch, length, dtype=torch.long)
+        mask[-1, 0 if first else -1] = 0
+        return mask.to(self.device)
+
+    def positions(self, length, start=0):
+        return torch.arange(start, start + length, device=self.device).expand(self.sizes.batch, length).contiguous()
+
+    def image(self):
+        """(batch, channels, height, width)."""
+        side = setting(self.config, "image_size", default=64)
+        height, width = (side["height"], side["width"]) if isinstance(side, dict) else side if isinstance(side, (list, tuple)) else (side, side)
+        return self.floats(self.sizes.batch, setting(self.config, "num_channels", default=3), height, width)
+
+    def frames(self):
+        """(batch, mel bins, frames), with as many frames as the positions of the encoder ask for."""
+        bins, positions = setting(self.config, "num_mel_bins"), setting(self.config, "max_source_positions")
+        if bins is None or positions is None:
+            raise Refused(f"{type(self.model).__name__}: no example for input_features can be made from this config. Hand one over: example={{…}}.")
+        strides = [m.stride[0] for m in self.model.get_encoder().modules() if isinstance(m, torch.nn.Conv1d)]
+        for stride in strides:
+            positions *= stride
+        return self.floats(self.sizes.batch, bins, positions)
+
+    def audio(self):
+        """(batch, samples), long enough for `length` frames after the strided convolutions."""
+        stride = 1
+        for step in setting(self.config, "conv_stride", default=(1,)):
+            stride *= step
+        return self.floats(self.sizes.batch, stride * (self.sizes.length + 2))
+
+    def inputs(self):
+        """The main inputs by name: what the model needs, masks, and `decoder_input_ids`; no labels, no cache."""
+        makers = {
+            "input_ids": lambda: self.ids(self.sizes.length),
+            "pixel_values": self.image,
+            "input_features": self.frames,
+            "input_values": self.audio,
+            "decoder_input_ids": lambda: self.ids(self.sizes.target),
+        }
+        found = {name: make() for name, make in makers.items() if name in self.parameters}
+        if self.model.main_input_name not in found:
+            raise Refused(
+                f"{type(self.model).__name__}: no example for {self.model.main_input_name!r} can be made from its config. Hand one over: example={{…}}."
+            )
+        if "input_ids" in found and self.config.is_encoder_decoder is False:
+            found.pop("decoder_input_ids", None)
+        if "attention_mask" in self.parameters and "input_ids" in found:
+            found["attention_mask"] = self.mask(self.sizes.length)
+        missing = [
+            name
+            for name, p in self.parameters.items()
+            if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and name not in found
+        ]
+        if missing:
+            raise Refused(f"{type(self.model).__name__}: its forward asks for {', '.join(missing)}, of which no example can be made. Hand one over: example={{…}}.")
+        return found
+
+    def labels(self, names, output):
+        """Labels that fit an output without labels, by name; {} where it cannot be told how they look.
+
+        Logits of (batch, length, classes) ask for one class per place, logits of (batch, classes) for one class or float per row.
+        """
+        if set(names) == {"start_positions", "end_positions"} and "start_logits" in output:
+            return {name: self.integers(0, output["start_logits"].shape[1], self.sizes.batch) for name in names}
+        logits = output.get("logits")
+        if names != ["labels"] or logits is None:
+            return {}
+        if logits.dim() == 3:
+            return {"labels": self.integers(0, logits.shape[-1], *logits.shape[:2])}
+        if logits.dim() != 2:
+            return {}
+        kind = getattr(self.config, "problem_type", None)
+        if kind == "multi_label_classification":
+            return {"labels": self.floats(*logits.shape)}
+        if kind == "regression" or (kind is None and logits.shape[-1] == 1):
+            return {"labels": self.floats(*logits.shape).squeeze(-1)}
+        return {"labels": self.integers(0, logits.shape[-1], logits.shape[0])}

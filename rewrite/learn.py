@@ -1,0 +1,211 @@
+"""What can be learnt of a model by calling it: the shape of what it returns, its own defaults, how it comes to its loss.
+
+Nothing here reads names of architectures. The model is called as a twin (shallow clones, configs copied, eval mode), on the meta
+device where it can, so that a large model costs a fraction of a second and the model given stays as it is.
+"""
+
+import copy
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+from .graph import clone_tree
+from .leaves import leaves
+
+# what a model may say to arguments that it does not take
+FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError, NotImplementedError, StopIteration)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """How the loss follows from what the model returns: `loss_function(*args, **kwargs)`, as the model itself calls it.
+
+    Each argument is ("output", name), ("label", name), ("config",) or ("value", constant).
+    """
+
+    args: tuple[tuple, ...]
+    kwargs: tuple[tuple[str, tuple], ...]
+
+
+class Untouched:
+    """An argument that must not be looked at: a model that ignores it runs, one that reads it fails."""
+
+
+class Arrived(BaseException):
+    """Ends a call at the first block; not an Exception, so that no model code takes it for one of its own."""
+
+
+def twin(model):
+    """A shallow clone in eval mode with configs of its own: what a call writes into a config or a buffer stays there."""
+    clone = clone_tree(model)
+    configs = {}
+    for module in clone.modules():
+        config = module.__dict__.get("config")
+        if config is not None:
+            module.__dict__["config"] = copy.deepcopy(config, configs)
+    for module in clone.modules():
+        module.__dict__["training"] = False
+    return clone
+
+
+def call(model, kwargs, loss_function=None, owner=""):
+    """What a call returns, as tensors without values → (output, the arguments that it was given, the config at hand).
+
+    Runs on the meta device; where the model asks a value, on fake tensors; where that fails too, for real. `loss_function`, if
+    given, stands in for the model's own. Raises what the real call raises.
+    """
+    failures = []
+    for attempt in (_on_meta, _on_fakes, _for_real):
+        clone = twin(model)
+        if loss_function is not None:
+            clone.__dict__["_loss_function"] = loss_function
+        if attempt is not _for_real and hasattr(clone, "set_experts_implementation"):
+            clone.set_experts_implementation("batched_mm")  # the grouped product has no meta kernel for every dtype
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                return *attempt(clone.get_submodule(owner), clone, kwargs), clone.__dict__.get("config")
+        except FAILURES as failure:
+            failures.append(failure)
+    raise failures[-1]
+
+
+def _map(function, value):
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, dict) and type(value) is dict:
+        return {key: _map(function, item) for key, item in value.items()}
+    if hasattr(value, "to_tuple"):
+        return type(value)(**{key: _map(function, item) for key, item in value.items()})
+    if type(value) in (tuple, list):
+        return type(value)(_map(function, item) for item in value)
+    return value
+
+
+def _on_meta(module, clone, kwargs):
+    clone._apply(lambda t: t.to("meta"))
+    kwargs = _map(lambda t: t.to("meta"), kwargs)
+    return module(**kwargs), kwargs
+
+
+def _on_fakes(module, clone, kwargs):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        kwargs = _map(mode.from_tensor, kwargs)
+        return module(**kwargs), kwargs
+
+
+def _for_real(module, clone, kwargs):
+    kwargs = _map(torch.Tensor.clone, kwargs)
+    return module(**kwargs), kwargs
+
+
+def loss_of(model, kwargs, labels):
+    """Whether a call with these labels gives a loss, and how → (given, Loss or None, ignores).
+
+    given: the output has a loss. Loss: it is the model's own `loss_function` of outputs, labels, the config and constants, and
+    nothing else; None where it is computed inside the forward. ignores: a `num_items_in_batch` is never looked at.
+    """
+    record = []
+
+    def stand_in(*args, **rest):
+        value = torch.zeros(())
+        record.append((args, rest, value))
+        return value
+
+    def attempt(extra):
+        del record[:]
+        return call(model, {**kwargs, **labels, **extra}, stand_in)
+
+    marker = Untouched()
+    try:
+        (out, given, config), ignores = attempt({"num_items_in_batch": marker}), True
+    except FAILURES:
+        try:
+            (out, given, config), ignores = attempt({}), False
+        except FAILURES:
+            return False, None, False
+    if getattr(out, "loss", None) is None:
+        return False, None, ignores
+    if len(record) != 1 or out.loss is not record[0][2]:
+        return True, None, ignores and not record
+    args, rest, _ = record[0]
+    passed = rest.pop("num_items_in_batch", None) is marker
+    refer = functools.partial(_refer, out=out, labels={name: given[name] for name in labels}, config=config)
+    found = Loss(tuple(map(refer, args)), tuple((name, refer(value)) for name, value in rest.items()))
+    if not passed or None in found.args or None in dict(found.kwargs).values():
+        return True, None, False
+    return True, found, False
+
+
+def _refer(value, out, labels, config):
+    """What a recorded argument stands for; None where that cannot be told."""
+    if value is config:
+        return ("config",)
+    for kind, place in (("output", out), ("label", labels)):
+        for name, item in place.items():
+            if item is value and isinstance(value, torch.Tensor):
+                return (kind, name)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return ("value", value)
+    return None
+
+
+def arrival(model, kwargs):
+    """Everything that reaches the first repeated block in a call of the model, or what it returns if it has none.
+
+    Real tensors, flat: ((name, tensor), …). Only what stands before the first block is computed.
+    """
+    clone = twin(model)
+    reached = []
+
+    def stop(module, args, kwargs):
+        reached.append({**{str(i): a for i, a in enumerate(args)}, **kwargs})
+        raise Arrived
+
+    for module in list(clone.modules()):
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 0:
+            module[0].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            reached.append({"output": clone(**_map(torch.Tensor.clone, kwargs))})
+    except Arrived:
+        pass
+    return [entry for name, value in reached[0].items() for entry in _tensors(name, value)]
+
+
+def _tensors(name, value):
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _tensors(f"{name}.{key}", item)
+    elif isinstance(value, (tuple, list)):
+        for index, item in enumerate(value):
+            yield from _tensors(f"{name}.{index}", item)
+
+
+def is_default(model, kwargs, name, value, aside=()):
+    """Whether leaving `name` out is the same, bit for bit, as giving this value (up to the first block, sizes 1 broadcast).
+
+    False as well where the call fails with it. `aside`: names whose own arrival does not count. On the meta device nothing can be
+    compared; there the answer is yes if the call accepts the value.
+    """
+    if value.device.type == "meta":
+        return True
+    try:
+        without, given = arrival(model, {k: v for k, v in kwargs.items() if k != name}), arrival(model, {**kwargs, name: value})
+    except FAILURES:
+        return False
+    without = {place: tensor for place, tensor in without if place not in aside}
+    given = {place: tensor for place, tensor in given if place not in aside}
+    return without.keys() == given.keys() and all(_same(without[place], given[place]) for place in without)
+
+
+def _same(a, b):
+    try:
+        a, b = torch.broadcast_tensors(a, b)
+    except RuntimeError:
+        return False
+    return torch.equal(a, b)

@@ -1,0 +1,261 @@
+"""Which calls of a model are captured: the main one, and those by which it generates."""
+
+import inspect
+from dataclasses import dataclass, field, replace
+
+import torch
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.utils.generic import find_labels
+
+from .errors import Refused
+from .inputs import Examples
+from .leaves import FullLayer, leaves, rebuild
+from .learn import FAILURES, Loss, call, is_default, loss_of
+
+IDS = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "decoder_input_ids", "decoder_attention_mask", "decoder_position_ids"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One call of the model that is to be captured.
+
+    name: "forward" (the main one), "past", "encoder", "first" or "next".
+    owner: the path of the module that is called ("" is the model).
+    kwargs: the example call, name → tensor, cache or constant; `leaves(kwargs)` gives the names of the placeholders.
+    dims: leaf name → {dimension: symbol}; what is not named is static. A symbol is a name ("batch", "length", "past", "target") or a
+    sum of two ("past+length").
+    mode: "both" (captured in training and in eval mode, then aligned) or "eval" (flags by analogy with the main graph).
+    defaults: input name → what leaving it out means: "ones", "zeros" or "positions" (arange from the past's length on).
+    labels: names of the inputs that give a loss; `loss`: how it follows from the outputs, None where the graph computes it.
+    ignored: arguments that the model takes and never looks at.
+    notes: what could not be captured, for the report.
+    """
+
+    name: str
+    owner: str = ""
+    kwargs: dict[str, object] = field(default_factory=dict)
+    dims: dict[str, dict[int, str]] = field(default_factory=dict)
+    mode: str = "both"
+    defaults: dict[str, str] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
+    loss: Loss | None = None
+    ignored: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def is_hugging_face(model):
+    """Whether this is a transformers model, whose forward can be called from its config alone."""
+    return all(hasattr(model, name) for name in ("config", "main_input_name", "can_generate"))
+
+
+def variants(model, example=None):
+    """The calls to capture, the main one first.
+
+    model: a transformers model (then `example` may be None: inputs are made from the config; or a dict of its forward's arguments),
+    or any nn.Module with `example`, a dict of arguments or a tuple of them in order. Models on the meta device get inputs there.
+    Raises Refused if there is no example and none can be made, or if the model does not accept it.
+    """
+    if not is_hugging_face(model):
+        return [_plain(model, example)]
+    calls = _Calls(model, example)
+    main = calls.forward()
+    if not model.can_generate() or "use_cache" not in calls.examples.parameters:
+        return [main]
+    try:
+        return [main, *(calls.encoder_decoder() if model.config.is_encoder_decoder else [calls.past()])]
+    except (Refused, *FAILURES) as reason:
+        return [replace(main, notes=(f"no variant with a cache: {str(reason).splitlines()[0]}",))]
+
+
+class _Calls:
+    """The calls of one transformers model. `output` is what a first call returns, as tensors without values."""
+
+    def __init__(self, model, example):
+        self.model, self.examples = model, Examples(model)
+        self.inputs = dict(example) if example is not None else self.examples.inputs()
+        names = find_labels(type(model))
+        self.labels = {name: self.inputs.pop(name) for name in names if name in self.inputs}
+        unmasked = {name: value for name, value in self.inputs.items() if not name.endswith("attention_mask")}
+        cached = {"use_cache": True} if model.can_generate() and "use_cache" in self.examples.parameters else {}
+        try:
+            self.output, _, _ = call(model, {**unmasked, **cached})
+        except FAILURES as reason:
+            what = "the inputs made from its config; hand over others: example={…}" if example is None else "the example given"
+            raise Refused(f"{type(model).__name__} does not accept {what}.\n{type(reason).__name__}: {reason}") from reason
+        self.labels = self.labels or self.examples.labels(names, self.output)
+        self.encoded = self._encode() if model.config.is_encoder_decoder and "encoder_outputs" in self.examples.parameters else None
+        self.defaults = self._defaults()
+
+    def forward(self):
+        """The main variant: no cache; labels where the graph computes a loss from them."""
+        inputs = dict(self.inputs)
+        for name, kind in self.defaults.items():
+            inputs.setdefault(name, self._default(name, kind))
+        constants = {"use_cache": False} if "use_cache" in self.examples.parameters else {}
+        unmasked = {name: value for name, value in inputs.items() if not name.endswith("attention_mask")}
+        given, loss, ignores = loss_of(self.model, {**unmasked, **constants}, self.labels) if self.labels else (False, None, False)
+        inputs |= self.labels if given and loss is None else {}
+        return Variant(
+            "forward",
+            kwargs={**inputs, **constants},
+            dims=self._dims(inputs),
+            defaults=self.defaults,
+            labels=tuple(self.labels) if given else (),
+            loss=loss,
+            ignored=("num_items_in_batch",) if given and ignores else (),
+        )
+
+    def past(self):
+        """Decoders: new tokens behind a cache of any length, 0 included."""
+        strange = set(self.inputs) - IDS
+        if strange:
+            raise Refused(f"{', '.join(sorted(strange))} would have to come with the tokens.")
+        if "past_key_values" not in self.output:
+            raise Refused("what it keeps between calls is not a cache of keys and values; generate with use_cache=False.")
+        sizes, examples = self.examples.sizes, self.examples
+        length = self.inputs["input_ids"].shape[1]
+        cache, dims = self._cache(self.output.past_key_values, "past_key_values", sizes.past, "past")
+        inputs = {name: value for name, value in self.inputs.items() if name not in ("attention_mask", "position_ids")}
+        if "attention_mask" in examples.parameters:
+            inputs["attention_mask"] = examples.mask(sizes.past + length, first=True)
+            dims["attention_mask"] = {0: "batch", 1: "past+length"}
+        if "position_ids" in examples.parameters:
+            inputs["position_ids"] = examples.positions(length, sizes.past)
+        return Variant(
+            "past",
+            kwargs={**inputs, "past_key_values": cache, "use_cache": True},
+            dims=self._dims(inputs) | dims,
+            mode="eval",
+            defaults=self.defaults,
+        )
+
+    def encoder_decoder(self):
+        """The encoder alone, the decoder's first call on its outputs, and the next ones behind a cache."""
+        path, kwargs, outputs, dims = self.encoded
+        encoder = Variant("encoder", path, kwargs, self._dims(kwargs), "eval", {k: v for k, v in self.defaults.items() if k in kwargs})
+        mask = {name: self.inputs[name] for name in ("attention_mask",) if name in self.inputs}
+        first = {**mask, **self._decoder_inputs(0), "encoder_outputs": outputs}
+        empty = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        own, own_dims = self._cache(self.output.past_key_values.self_attention_cache, "past_key_values.self", self.examples.sizes.past, "past")
+        found = self.output.past_key_values.cross_attention_cache
+        source = next(iter(dims.values())).get(1)
+        cross, cross_dims = self._cache(found, "past_key_values.cross", found.layers[0].keys.shape[2], source)
+        later = {**mask, **self._decoder_inputs(self.examples.sizes.past), "encoder_outputs": outputs}
+        longer = {"decoder_attention_mask": {0: "batch", 1: "past+target"}} if "decoder_attention_mask" in later else {}
+        return [
+            encoder,
+            Variant("first", "", {**first, "past_key_values": empty, "use_cache": True}, self._dims(first) | dims, "eval", self.defaults),
+            Variant(
+                "next",
+                "",
+                {**later, "past_key_values": EncoderDecoderCache(own, cross), "use_cache": True},
+                self._dims(later) | dims | own_dims | cross_dims | longer,
+                "eval",
+                self.defaults,
+            ),
+        ]
+
+    def _encode(self):
+        """(path of the encoder, its arguments, example outputs, their dims)."""
+        encoder = self.model.get_encoder()
+        path = next(name for name, module in self.model.named_modules() if module is encoder)
+        parameters = inspect.signature(encoder.forward).parameters
+        kwargs = {name: value for name, value in self.inputs.items() if name in parameters and not name.startswith("decoder_")}
+        output, _, _ = call(self.model, {name: value for name, value in kwargs.items() if name != "attention_mask"}, owner=path)
+        names, tensors, tree = leaves(output)
+        values = [self.examples.floats(*tensor.shape).to(tensor.dtype) for tensor in tensors]
+        main = kwargs[self.model.main_input_name]
+        symbol = self._dims({self.model.main_input_name: main})[self.model.main_input_name].get(1)
+        dims = {}
+        for name, tensor in zip(names, tensors):
+            dims[f"encoder_outputs.{name}"] = {0: "batch"}
+            if symbol and tensor.dim() == 3:
+                dims[f"encoder_outputs.{name}"][1] = symbol if tensor.shape[1] == main.shape[1] else "source"
+        return path, kwargs, rebuild(tree, values), dims
+
+    def _decoder_inputs(self, past):
+        """What the decoder takes behind `past` places: ids, and those of mask and positions that its forward has."""
+        examples, ids = self.examples, self.inputs["decoder_input_ids"]
+        found = {"decoder_input_ids": ids}
+        if "decoder_attention_mask" in self.defaults:
+            found["decoder_attention_mask"] = examples.mask(past + ids.shape[1], first=past > 0)
+        if "decoder_position_ids" in self.defaults:
+            found["decoder_position_ids"] = examples.positions(ids.shape[1], past)
+        return found
+
+    def _cache(self, like, place, length, symbol):
+        """A cache of `length` places shaped like one that the model returned, and the dims of its leaves."""
+        _, _, tree = leaves(like)
+        if any(layer.kind != "tuple" for layer in tree.children):
+            raise Refused(f"{place}: some of its layers hold nothing after a call.")
+        cache, dims = DynamicCache(), {}
+        for index, layer in enumerate(like.layers):
+            for name, tensor in (("key", layer.keys), ("value", layer.values)):
+                dims[f"{place}.{index}.{name}"] = {0: "batch", 2: symbol} if symbol else {0: "batch"}
+            made = [self.examples.floats(tensor.shape[0], tensor.shape[1], length, tensor.shape[3]).to(tensor.dtype) for tensor in (layer.keys, layer.values)]
+            cache.layers.append(FullLayer(*made))
+        return cache, dims
+
+    def _dims(self, inputs):
+        """Which dimensions are symbols, told from the names of the arguments and the ranks of their values."""
+        dims = {}
+        for name, value in inputs.items():
+            if not isinstance(value, torch.Tensor) or value.dim() == 0:
+                continue
+            dims[name] = {0: "batch"}
+            if value.dim() < 2:
+                continue
+            if name.startswith("decoder_") or (name in self.labels and "decoder_input_ids" in inputs):
+                dims[name][1] = "target"
+            elif name in IDS or name in self.labels or name == "input_values":
+                dims[name][1] = "length"
+        return dims
+
+    def _defaults(self):
+        """What leaving an optional input out means, each confirmed by asking the model: name → "ones", "zeros" or "positions"."""
+        kinds = {"attention_mask": "ones", "token_type_ids": "zeros", "decoder_attention_mask": "ones"}
+        if self.model.can_generate():
+            kinds |= {"position_ids": "positions", "decoder_position_ids": "positions"}
+        found = {}
+        for name, kind in kinds.items():
+            decoder = name.startswith("decoder_")
+            ids = self.inputs.get("decoder_input_ids" if decoder else "input_ids")
+            if name not in self.examples.parameters or ids is None or ids.dim() != 2 or (decoder and self.encoded is None):
+                continue
+            rest = {"decoder_input_ids": ids, "encoder_outputs": self.encoded[2]} if decoder else self.inputs
+            rest = {k: v for k, v in rest.items() if k not in kinds}
+            if is_default(self.model, rest, name, self._default(name, kind), aside=(name, name.removeprefix("decoder_"))):
+                found[name] = kind
+        return found
+
+    def _default(self, name, kind):
+        ids = self.inputs["decoder_input_ids" if name.startswith("decoder_") else "input_ids"]
+        if kind == "positions":
+            return torch.arange(ids.shape[1], device=ids.device).expand(ids.shape).contiguous()
+        return torch.full(ids.shape, int(kind == "ones"), dtype=torch.long, device=ids.device)
+
+
+def _plain(model, example):
+    """The one call of a module that is no transformers model: batch first; sequences have a length each."""
+    if example is None:
+        raise Refused(f"{type(model).__name__} is not a transformers model: hand over an example of its inputs, example={{name: tensor}} or a tuple in order.")
+    parameters = inspect.signature(model.forward).parameters
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters.values()) and not isinstance(example, dict):
+        raise Refused(f"{type(model).__name__}.forward takes *{next(n for n, p in parameters.items() if p.kind is p.VAR_POSITIONAL)}, whose inputs have no names.")
+    if isinstance(example, torch.Tensor):
+        example = (example,)
+    if not isinstance(example, dict):
+        if len(example) > len(parameters):
+            raise Refused(f"{type(model).__name__}.forward takes {len(parameters)} inputs, the example has {len(example)}.")
+        example = dict(zip(parameters, example))
+    names, tensors, _ = leaves(example)
+    batch = next((tensor.shape[0] for tensor in tensors if tensor.dim() > 0), None)
+    dims, lengths = {}, 0
+    for name, tensor in zip(names, tensors):
+        if tensor.dim() == 0 or tensor.shape[0] != batch:
+            continue
+        dims[name] = {0: "batch"}
+        if (tensor.dim() == 2 and not tensor.is_floating_point()) or (tensor.dim() == 3 and tensor.is_floating_point()):
+            dims[name][1] = "length" if lengths == 0 else f"length of {name}"
+            lengths += 1
+    return Variant("forward", kwargs=example, dims=dims)
