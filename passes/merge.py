@@ -1,0 +1,30 @@
+"""Fold what passes have added into the base weights, so that no operation of theirs is left.
+
+    y = linear(x, w, b) + s * linear(linear(x, down), up)
+    -->
+    y = linear(x, w', b)        w' = w + s * up @ down
+
+Which additions fold is found out, not declared: the added nodes of a site are run on an identity in float64, and must be affine in x.
+"""
+
+from dataclasses import dataclass
+
+from rewrite.contract import Pass
+from rewrite.fold import fold
+
+
+@dataclass(frozen=True)
+class Merge(Pass):
+    """partial: leave in place what cannot be merged, instead of refusing."""
+
+    partial: bool = False
+
+    drift = 1e-5
+    example = {}
+
+    def requires(self, graph):
+        if not any("made" in node.meta for node in graph.nodes):
+            return "no pass before it has added anything. Put it after the pass whose work is to be merged."
+
+    def apply(self, edit, sites):
+        return fold(edit, partial=self.partial)

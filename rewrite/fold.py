@@ -1,0 +1,247 @@
+"""Folding: what passes added around an affine op becomes part of its weight and bias.
+
+The added nodes of one op are cut out with the op as a function of x, run in float64, and asked: are you affine in x? On an identity they then
+give the weight that stands for all of them. Nothing is declared by a pass; a gate, an activation, another input, and it does not fold.
+"""
+
+import torch
+from torch import fx, nn
+
+from . import graph as g
+from .operation import Operation
+from .contract import names_of
+from .errors import Refused
+
+#: How far from affine float64 rounding may look, relative to the RMS of the values.
+ROUNDING = 1e-9
+
+
+class _Region:
+    """One affine node with the made nodes around it: from the original x to the value that its users see."""
+
+    def __init__(self, edit, node):
+        self.edit, self.operation = edit, Operation.of(node)
+        self.node, self.y = node, edit.live(node)
+        self.x = _original(node.args[self.operation.x])
+        self.nodes, self.reads, self.outside = self._cut()
+
+    def _cut(self):
+        inside, reads, outside, todo = set(), set(), [], [self.y]
+        own = {self.node, *self.operation.chain}
+        while todo:
+            node = todo.pop()
+            if node is self.x or node in inside or node in reads:
+                continue
+            if node.op == "get_attr":
+                reads.add(node)
+            elif node in own or "made" in node.meta:
+                inside.add(node)
+                todo += [a for a in node.all_input_nodes if a not in self.operation.extras] if node in own else node.all_input_nodes
+            elif node not in self.operation.extras:
+                outside.append(node)
+        return [n for n in self.edit.graph.nodes if n in inside], reads, outside
+
+    @property
+    def made(self):
+        return [n for n in self.nodes if "made" in n.meta]
+
+    @property
+    def path(self):
+        return self.operation.weight
+
+    def run(self, x, tensors, extras=None):
+        """The region's value at `x` (and, for experts, at other `extras`), with `tensors` by path, in eval mode."""
+        env = {self.x: x, **(extras or {})}
+        read = lambda a: fx.node.map_arg(a, lambda n: env[n] if n in env else tensors(n.target))  # noqa: E731
+        for node in self.nodes:
+            args, kwargs = read(node.args), read(node.kwargs)
+            if self.operation.kind == "conv" and "conv" in str(node.target):
+                args = _valid(node.target, args)
+                kwargs = {}
+            env[node] = node.target(*args, **kwargs)
+        return env[self.y]
+
+    def reason(self):
+        """Why this region does not fold, or None."""
+        if self.outside:
+            return f"it also reads %{self.outside[0].name}, which is not its own x"
+        if self.operation.kind == "experts" and not (len(self.operation.extras) == 1 and "grouped_mm" in str(self.node.target)):
+            return "its experts are gathered token by token"
+        values = {node.target: g.attribute(self.edit.graph.root, node.target) for node in self.reads}
+        low = [path for path, value in values.items() if isinstance(value, torch.Tensor) and not value.is_floating_point()]
+        if low:
+            return f"@{low[0]} is stored as {values[low[0]].dtype}, not as numbers that a sum could be added to"
+        others = [n.target for part in self.edit.graphs for n in part.nodes if n.op == "get_attr" and n.target == self.path for user in n.users if not self._covers(part, n, user)]
+        if others:
+            return f"@{self.path} is tied: another operation reads it without these additions"
+        return None if self._is_affine() else "what was added is not affine in x (an activation, a gate, a normalisation of x)"
+
+    def _covers(self, part, weight, user):
+        """Does another reader of the same weight carry the same additions (a block that is used twice)?"""
+        if part is self.edit.graph and (user is self.node or user in self.nodes):
+            return True
+        while Operation.of(user) is None and len(user.users) == 1:
+            user = next(iter(user.users))
+        made = {a.target for n in self.made for a in n.all_input_nodes if a.op == "get_attr"}
+        near, todo = set(), [user]
+        while todo:
+            node = todo.pop()
+            for other in (*node.users, *node.all_input_nodes):
+                if "made" in other.meta and other.op != "get_attr" and other not in near:
+                    near.add(other)
+                    todo.append(other)
+        return made <= {a.target for n in near for a in n.all_input_nodes if a.op == "get_attr"}
+
+    def _random(self, path):
+        """A tensor's value for the question whether the region is affine: new tensors at random, since one that starts at zero hides what it gates."""
+        value = g.attribute(self.edit.graph.root, path)
+        if not isinstance(value, torch.Tensor):
+            return False  # a training flag
+        generator = torch.Generator().manual_seed(len(path))
+        return torch.randn(value.shape, generator=generator, dtype=torch.float64) if path in self.edit.made or value.is_meta else value.detach().double().cpu()
+
+    def _is_affine(self):
+        cache = {}
+        tensors = lambda path: cache.setdefault(path, self._random(path))  # noqa: E731
+        weight = self.operation.standard(tensors(self.path))
+        if self.operation.kind == "embedding":
+            ids = torch.arange(min(5, weight.shape[1]))
+            whole = self.run(ids, tensors)
+            return all(torch.allclose(self.run(ids[i : i + 1], tensors)[0], whole[i], rtol=ROUNDING, atol=ROUNDING) for i in range(len(ids)))
+        x, extras = self._inputs(weight)
+        generator = torch.Generator().manual_seed(0)
+        a, b = (torch.randn(x.shape, generator=generator, dtype=torch.float64) for _ in range(2))
+        f = lambda v: self.run(v, tensors, extras)  # noqa: E731
+        left, right = f(a + b) + f(torch.zeros_like(a)), f(a) + f(b)
+        rms = right.square().mean().sqrt()
+        return bool((left - right).abs().max() <= ROUNDING * rms * x.shape[-1])
+
+    def _inputs(self, weight):
+        """The identity on which the weight is read: rows for each input feature, a tap each for a convolution, a copy per expert."""
+        shape = weight.shape
+        if self.operation.kind == "experts":
+            eye = torch.eye(shape[2], dtype=torch.float64).repeat(shape[0], 1)
+            ends = torch.arange(1, shape[0] + 1, dtype=torch.int32) * shape[2]
+            return eye, {self.operation.extras[0]: ends}
+        if self.operation.kind == "conv":
+            dilation = _dilation(self.node, len(shape) - 2)
+            window = [(k - 1) * d + 1 for k, d in zip(shape[2:], dilation)]
+            taps = torch.cartesian_prod(*(torch.arange(k) * d for k, d in zip(shape[2:], dilation))).reshape(-1, len(window))
+            x = torch.zeros(shape[1], len(taps), shape[1], *window, dtype=torch.float64)
+            for c in range(shape[1]):
+                for t, tap in enumerate(taps.tolist()):
+                    x[(c, t, c, *tap)] = 1
+            return x.flatten(0, 1), None
+        lead = self.x.meta["val"].dim() - 2
+        return torch.eye(shape[1], dtype=torch.float64).reshape(*[1] * lead, shape[1], shape[1]), None
+
+    def evaluate(self):
+        """(weight in standard orientation, bias or None), float64: what the op and all additions are together."""
+        tensors = lambda path: value.detach().double() if isinstance(value := g.attribute(self.edit.graph.root, path), torch.Tensor) else False  # noqa: E731
+        weight = self.operation.standard(tensors(self.path))
+        if self.operation.kind == "embedding":
+            return self.run(torch.arange(weight.shape[1], device=weight.device), tensors).mT, None
+        x, extras = self._inputs(weight)
+        x = x.to(weight.device)
+        whole, bias = self.run(x, tensors, extras), self.run(torch.zeros_like(x), tensors, extras)
+        delta = whole - bias
+        if self.operation.kind == "experts":
+            return delta.unflatten(0, (weight.shape[0], weight.shape[2])).mT, None
+        if self.operation.kind == "conv":
+            return delta.flatten(1).unflatten(0, weight.shape[1:]).movedim(-1, 0), bias.flatten(1)[0]
+        return delta.reshape(weight.shape[1], -1).mT, bias.reshape(-1, bias.shape[-1])[0]
+
+
+def _original(node):
+    """The value that a made node stands for at the entry of an op: an `input` noun put it there."""
+    while "made" in node.meta and node.op != "get_attr":
+        node = next(a for a in node.all_input_nodes if a.op != "get_attr")
+    return node
+
+
+def _dilation(node, n):
+    given = node.args[5] if len(node.args) > 5 else node.kwargs.get("dilation", 1)
+    given = [given] if isinstance(given, int) else list(given)
+    return given * n if len(given) == 1 else given
+
+
+def _valid(target, args):
+    """A convolution's arguments with stride 1 and no padding: each tap is then read once."""
+    n = args[1].dim() - 2
+    dilation = args[5] if len(args) > 5 else 1
+    return (args[0], args[1], args[2] if len(args) > 2 else None, [1] * n, [0] * n if not str(target).endswith("padding") else "valid", dilation)
+
+
+def fold(edit, *, partial=False):
+    """Fold every addition of the graph that folds. Returns [(path of the weight, "linear")]; sets the new values once for all variants.
+
+    Raises Refused, before anything is changed, with each reason, unless `partial` and something folds.
+    """
+    graph = edit.graph
+    regions = [_Region(edit, node) for node in graph.nodes if Operation.of(node) is not None and "made" not in node.meta]
+    regions = [region for region in regions if region.made]
+    reasons = {region: region.reason() for region in regions}
+    known = {id(n) for region in regions for n in region.made}
+    loose = {n.meta["site"]: n.meta["made"] for n in graph.nodes if "made" in n.meta and "site" in n.meta and id(n) not in known}
+    refused = [f"{region.path}: {reason}" for region, reason in reasons.items() if reason]
+    refused += [f"{path}: what {made} added there is not around an affine operation on a weight" for path, made in loose.items()]
+    if refused and not (partial and any(reason is None for reason in reasons.values())):
+        more = f"\n… and {len(refused) - 5} more" if len(refused) > 5 else ""
+        advice = 'Say "partial": true to merge the rest.' if any(reason is None for reason in reasons.values()) else "There is nothing to merge."
+        raise Refused("merge: cannot fold\n" + "\n".join(refused[:5]) + f"{more}\n{advice}")
+    folding = [region for region, reason in reasons.items() if reason is None]
+    if edit.main:
+        values = {region.path: (region, *region.evaluate()) for region in folding}
+        for region, weight, bias in values.values():
+            _set(edit, region, weight, bias)
+    for region in folding:
+        _take_out(edit, region)
+    left = {n.target for part in edit.graphs for n in part.nodes if n.op == "get_attr"}
+    for path in [p for p in edit.made if p not in left]:
+        g.remove(graph.root, path)
+        del edit.made[path]
+    edit.restructured = True
+    return [(region.path, "linear") for region in folding]
+
+
+def _set(edit, region, weight, bias):
+    root, operation = edit.graph.root, region.operation
+    parameter = g.attribute(root, operation.weight)
+    parameter.data = operation.stored(weight).to(parameter.dtype).contiguous()
+    edit.report.folded.update(names_of(root, parameter))
+    if bias is None or (operation.bias is None and not bias.any()):
+        return
+    if operation.bias is None:
+        path = operation.weight.rpartition(".")[0] + ".bias"
+        g.install(root, path, nn.Parameter(bias.to(parameter.dtype), requires_grad=False))
+        edit.report.made[path] = edit.kind
+        edit.report.biases[operation.weight] = path
+        return
+    target = g.attribute(root, operation.bias)
+    target.data = bias.to(target.dtype)
+    edit.report.folded.update(names_of(root, target))
+
+
+def _take_out(edit, region):
+    graph, operation, node = edit.graph, region.operation, region.node
+    region.y.replace_all_uses_with(node) if region.y is not node else None
+    node.meta.pop("live", None)
+    args = list(node.args)
+    args[operation.x] = region.x
+    if operation.chain:
+        first = operation.chain[0]
+        first.args = (edit.attribute(operation.weight), *first.args[1:])
+    else:
+        args[operation.w] = edit.attribute(operation.weight)
+    if operation.bias is not None:
+        args[operation.b] = edit.attribute(operation.bias)
+    elif operation.weight in edit.report.biases:
+        args = [*args, *[None] * (operation.b + 1 - len(args))]
+        args[operation.b] = edit.attribute(edit.report.biases[operation.weight])
+    node.args = tuple(args)
+    for made in reversed(region.made):
+        if not made.users:
+            graph.fx.erase_node(made)
+    for read in region.reads:
+        if not read.users and "made" in read.meta:
+            graph.fx.erase_node(read)

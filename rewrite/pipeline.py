@@ -1,0 +1,99 @@
+"""The passes of a spec, run in the order written, verified in between; all or nothing.
+
+    rewrite(model, spec)  =  capture → (apply → verify) per pass → live model
+"""
+
+import time
+
+from .capture import capture
+from .contract import Edit
+from .emit.live import make_live
+from .errors import Refused
+from .graph import attribute
+from .report import Applied, Report, Size
+from .roles import roles
+from .spec import Spec
+from .store import fingerprint
+from .text import show
+from .verify import Record, verify
+from .where import select
+
+
+def rewrite(model, spec, example=None, *, donate=False):
+    """A live model: `model` captured, the passes of `spec` applied, printed as source.
+
+    model: a transformers model or any `nn.Module`; it is not changed in any way, nor by training, casting or sharding the live one, and
+    frozen weights share its storage. spec: a dict, a path to JSON, or a `Spec`. example: inputs of a model that is not of transformers (a
+    dict of keyword arguments or a tuple). donate: let go of the model's own tensors as they are replaced.
+
+    The live model is an instance of the model's class, with `.report`, `.graph` and `.spec`. What no pass makes or names is frozen.
+    Raises SpecError before the model is looked at, Refused for what this model cannot have, Broken where an invariant does not hold.
+    """
+    spec = Spec.parse(spec)
+    graph = capture(model, example)
+    report = apply(graph, spec)
+    live = make_live(graph)
+    live.__dict__.update(graph=graph, spec=spec, report=report, _base=fingerprint(model) if False else None)
+    return live
+
+
+def apply(graph, spec):
+    """Apply a spec to a captured graph, its variants and its module tree, in place. Returns the Report."""
+    report = Report(opaque=dict(graph.opaque), notes=list(graph.notes))
+    for parameter in graph.root.parameters():
+        parameter.requires_grad_(False)
+    records = [Record.of(part, report) for part in graph.all()]
+    found = [roles(part) for part in graph.all()]
+    memo = {}
+    for step in spec.passes:
+        start, before = time.perf_counter(), Size.of(graph.root)
+        sites, refused = (), ()
+        for number, part in enumerate(graph.all()):
+            edit = Edit(part, graph.all(), step, spec.seed, report, memo)
+            done = run(edit, found[number])
+            if number == 0:
+                sites, refused = done
+            if edit.restructured:
+                found[number] = roles(part)
+        for part, record in zip(graph.all(), records):
+            verify(part, record, step.method)
+        report.applied.append(Applied(step.method, step.name, step.place, sites, refused, before, Size.of(graph.root), time.perf_counter() - start))
+    return report
+
+
+def run(edit, found):
+    """One step on one graph. Returns ((path, role) per site, (path, reason) per refusal)."""
+    step, options, main = edit.step, edit.step.options, edit.main
+    reason = options.requires(edit.graph)
+    if reason and main:
+        raise Refused(f"{step.place}: {step.method}: {reason}")
+    try:
+        sites = select(found, step.where) if step.where is not None else []
+    except Refused as error:
+        if main:
+            raise Refused(f"{step.place}: {step.method} {error}") from None
+        sites = []  # a part of the model that this variant does not run
+    if hasattr(options, "apply"):
+        return tuple(options.apply(edit, sites)), ()
+    refused = [(site, reason) for site in sites if (reason := edit.reason(site))]
+    if refused and main and not step.allow_refusals:
+        raise Refused(_refusals(step, refused, len(sites)))
+    if main and len(refused) == len(sites):
+        raise Refused(_refusals(step, refused, len(sites)))
+    declined = {site for site, _ in refused}
+    done = [site for site in sites if site not in declined]
+    for site in done:
+        edit.apply(site)
+    return tuple((site.name, site.role) for site in done), tuple((site.name, reason) for site, reason in refused)
+
+
+def _refusals(step, refused, total):
+    shown = [f"{step.method} at {site.name}{_shape(site)}: {reason}" for site, reason in refused[:5]]
+    more = f"\n… and {len(refused) - 5} more" if len(refused) > 5 else ""
+    advice = 'narrow "where" or change the options' if len(refused) == total else 'narrow "where", change the options, or say "allow_refusals": true in this pass'
+    return "\n".join(shown) + f"{more}\n{len(refused)} of {total} sites refused ({step.place}); {advice}."
+
+
+def _shape(site):
+    w = site.handles.get("w")
+    return f" ({'×'.join(map(str, w.meta['val'].shape))})" if w is not None else ""

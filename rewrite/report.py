@@ -1,0 +1,86 @@
+"""What a rewrite did, as a value: per pass its sites and refusals, parameters and bytes before and after."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters of a model, tied ones counted once. `stored_bytes` are those of all parameters and persistent buffers."""
+
+    trainable: int
+    frozen: int
+    stored_bytes: int
+
+    @staticmethod
+    def of(root):
+        parameters = {id(p): p for p in root.parameters()}.values()
+        tensors = {id(t): t for t in root.state_dict(keep_vars=True).values() if isinstance(t, torch.Tensor)}.values()
+        trainable = sum(p.numel() for p in parameters if p.requires_grad)
+        return Size(trainable, sum(p.numel() for p in parameters) - trainable, sum(t.numel() * t.element_size() for t in tensors))
+
+    @property
+    def share(self):
+        """Trainable share of all parameters, 0 to 1."""
+        return self.trainable / max(1, self.trainable + self.frozen)
+
+
+@dataclass(frozen=True)
+class Applied:
+    """One step of the pipeline. `sites` are paths with their roles, `refused` paths with reasons; sizes are those of the whole model."""
+
+    method: str
+    name: str
+    place: str
+    sites: tuple[tuple[str, str], ...]
+    refused: tuple[tuple[str, str], ...]
+    before: Size
+    after: Size
+    seconds: float
+
+
+@dataclass
+class Report:
+    """The report of one rewrite.
+
+    `made` maps each new tensor's path to the pass that made it; `trains` are the base tensors that the spec lets train; `folded` those
+    whose values a merge changed, `biases` the bias that a merge had to make for a weight; `opaque` the modules that stayed one call, with the reason; `notes` fall-backs.
+    """
+
+    applied: list[Applied] = field(default_factory=list)
+    made: dict[str, str] = field(default_factory=dict)
+    trains: set[str] = field(default_factory=set)
+    folded: set[str] = field(default_factory=set)
+    biases: dict[str, str] = field(default_factory=dict)
+    opaque: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def table(self):
+        """A rich table: a row per pass."""
+        from rich.table import Table
+
+        table = Table(title="rewrite", title_justify="left")
+        for head, justify in (("pass", "left"), ("sites", "left"), ("refused", "right"), ("trainable", "right"), ("share", "right"), ("stored", "right"), ("seconds", "right")):
+            table.add_column(head, justify=justify)
+        for step in self.applied:
+            roles = ", ".join(f"{role} ×{n}" for role, n in Counter(role for _, role in step.sites).items())
+            size = step.after
+            table.add_row(step.method, roles or "whole graph", str(len(step.refused)), f"{size.trainable:,}", f"{size.share:.2%}", f"{size.stored_bytes / 1e6:,.1f} MB", f"{step.seconds:.2f}")
+        return table
+
+    def __str__(self):
+        from rich.console import Console
+
+        console = Console(width=120, record=False, force_terminal=False, no_color=True)
+        with console.capture() as capture:
+            console.print(self.table())
+            for step in self.applied:
+                for path, reason in step.refused:
+                    console.print(f"refused  {step.method} at {path}: {reason}", highlight=False)
+            for path, reason in self.opaque.items():
+                console.print(f"opaque   {path}: {reason}", highlight=False)
+            for note in self.notes:
+                console.print(f"note     {note}", highlight=False)
+        return capture.get()
