@@ -49,7 +49,7 @@ def _affine(flow, node):
     name = flow.name[node]
     if name in _FIXED:
         x, w, b = _FIXED[name]
-        stored = _stored(flow, node.args[w])
+        stored = _stored(flow, node.args[w], made=not name.startswith("embedding"))
         if stored is None:
             return None
         root, flipped = stored
@@ -131,10 +131,10 @@ def _stored_rows(flow, node, root):
     return Rows.of(torch.unique(numbers[chain[0]]), total) if isinstance(numbers[chain[0]], torch.Tensor) else None
 
 
-def _stored(flow, node):
+def _stored(flow, node, made=False):
     """`(get_attr of the parameter, whether its last two axes are swapped on the way)`; None where the value is no weight.
 
-    A weight made from several parameters (weight norm) gives the expression itself.
+    With `made`, a weight that is made from several parameters (weight norm) gives the expression itself.
     """
     if not isinstance(node, fx.Node) or node in flow.content or not is_float(node):
         return None
@@ -145,7 +145,7 @@ def _stored(flow, node):
             swaps = not swaps
         parents = tensors(node)
         if len(parents) != 1 or not (flow.is_view(node) or name in ("mul", "add", "div", "neg")):
-            return (top, False) if _parameters(flow, top) else None
+            return (top, False) if made and _is_made(flow, top) else None
         node = parents[0]
     tensor = _tensor(flow, node)
     if not isinstance(tensor, nn.Parameter) or tensor.dim() < 2:
@@ -171,10 +171,12 @@ def _tensor(flow, node):
         return None
 
 
-def _parameters(flow, node, limit=32):
+def _is_made(flow, node, limit=32):
     """Whether a value without content is made from parameters of two or more axes by a few ops (weight norm and the like)."""
     queue, seen, found = [node], {node}, False
     for current in queue:
+        if current in flow.affine or current in flow.embeddings:
+            return False
         if current.op == "get_attr":
             tensor = _tensor(flow, current)
             found = found or (isinstance(tensor, nn.Parameter) and tensor.dim() >= 2)

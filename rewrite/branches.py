@@ -113,7 +113,7 @@ def find_routers(flow):
 def _picks_rows(flow, node):
     """Whether the indices of a pick select tokens or experts later on."""
     queue, seen = list(node.users), set(node.users)
-    for current in queue[:256]:
+    for current in queue:
         if flow.name[current] in _INDEXING or "grouped_mm" in flow.name[current] or current.op == "call_module":
             return True
         if current.op == "output" or current in flow.affine:

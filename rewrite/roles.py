@@ -87,7 +87,8 @@ class _Survey:
                 for part, ops in found.parts.items():
                     for op, rows in ops:
                         self._claim(op, f"{stem}.{part}", rows)
-                self.regions.append(("mlp" if stem == "expert" else stem, found.x, y, [op for ops in found.parts.values() for op, _ in ops]))
+                ops = [op for ops in found.parts.values() for op, _ in ops] + [op for op in self.routers if op in flow.cone(y, floats=True)[1]]
+                self.regions.append(("mlp" if stem == "expert" else stem, found.x, y, ops))
 
     def _attention_behind(self, y, attention_of):
         _, ends = self.flow.cone(y, stop={a.y for a in self.attentions}, floats=True)
@@ -230,8 +231,10 @@ class _Survey:
     def _lookup(self, ids):
         """Ids of an input are tokens, ids that are counted are positions, constant ones belong to a table added to the tokens'."""
         flow = self.flow
+        if self._is_constant(ids):
+            return "embed.added"
         if ids not in flow.content:
-            return "embed.added" if self._is_constant(ids) else "embed.position"
+            return "embed.position"
         queue, seen = [ids], {ids}
         for node in queue:
             if flow.name[node] in ("cumsum", "sub", "arange"):
@@ -246,9 +249,9 @@ class _Survey:
             if self.flow.name[ids] in ("zeros", "zeros_like", "ones", "full", "new_zeros"):
                 return True
             parents = tensors(ids)
-            if not parents:
+            if not parents or not (self.flow.is_view(ids) or self.flow.name[ids] in ("gather", "index")):
                 return False
-            ids = parents[0]
+            ids = parents[0]  # whatever is picked from a constant table is that constant
         tensor = attribute(self.graph.root, ids.target)
         return tensor.device.type != "meta" and tensor.numel() > 0 and bool((tensor == tensor.flatten()[0]).all())
 

@@ -109,7 +109,8 @@ class Site:
     @property
     def name(self):
         """The path, with the label and the call that tell it from its neighbours."""
-        return self.path + (f"[{self.label}]" if self.label else "") + (f"#{self.call}" if self.call else "")
+        label = "" if self.path.endswith(f".{self.label}") else self.label.rpartition(".")[2]
+        return self.path + (f"[{label}]" if label else "") + (f"#{self.call}" if self.call else "")
 
     @property
     def weight(self):
