@@ -1,0 +1,227 @@
+"""Does a written ONNX file compute what the graph computes? Asked of ONNX Runtime, at other sizes than the captured ones.
+
+The inputs are made up from the graph alone: ids within the tables that they index, masks of zeros and ones with padding on either side.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import fx
+
+from ..errors import Broken, Refused
+from ..graph import attribute, count, expression, select
+from .mutation import short_name
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of the RMS of what PyTorch gives
+OFFSETS = (4, -2, 1, 2, -1, 8, 3, 16, 32)
+PASSES_ON = {"view", "reshape", "unsqueeze", "expand", "slice", "to", "_to_copy", "add", "sub", "squeeze", "flatten", "contiguous", "clone", "alias", "type_as", "clamp"}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The worst error over outputs and sizes, the sizes that were tried, and the optimisers that ONNX Runtime must leave out."""
+
+    error: float
+    sizes: tuple[str, ...]
+    disabled_optimizers: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def execute(root, nodes, given, outputs, double=False):
+    """Run nodes of a graph in PyTorch, in evaluation; `given` maps placeholders to tensors. Returns the tensors of `outputs`.
+
+    With `double` everything that is float32 is float64: a second opinion on what rounding does.
+    """
+    raised = lambda value: value.double() if double and isinstance(value, torch.Tensor) and value.dtype == torch.float32 else value
+    values = {node: raised(value) for node, value in given.items()}
+    last = {source: node for node in nodes for source in node.all_input_nodes}
+    kept = {out for out in outputs if isinstance(out, fx.Node)}
+    with torch.no_grad():
+        for node in nodes:
+            if node.op == "get_attr":
+                is_flag = node.target.rpartition(".")[2] == "training"
+                values[node] = False if is_flag else raised(attribute(root, node.target))
+            elif node.op == "call_function" and node.target is not count:
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.get)
+                if double:
+                    widen = lambda item: torch.float64 if item is torch.float32 else item
+                    args, kwargs = torch.utils._pytree.tree_map(widen, (args, kwargs))
+                if node.target is select:
+                    values[node] = args[2]
+                else:
+                    values[node] = getattr(node.target, "reference", node.target)(*args, **kwargs)
+            for source in node.all_input_nodes:
+                if last[source] is node and source not in kept:
+                    values.pop(source, None)
+    return [values[out] if isinstance(out, fx.Node) else out for out in outputs]
+
+
+def symbols(placeholders):
+    """The symbols of the inputs' sizes, in order, each with the size that it was captured at."""
+    found = {}
+    for node in placeholders:
+        for size in node.meta["val"].shape:
+            form = expression(size)
+            if not isinstance(form, int):
+                for symbol in sorted(form.free_symbols, key=str):
+                    found.setdefault(symbol, None)
+                if form.is_Symbol:
+                    found[form] = size.node.hint if size.node.has_hint() else 4
+    return {symbol: 4 if hint is None else hint for symbol, hint in found.items()}
+
+
+def points(graph, placeholders):
+    """Sizes to try, as {symbol: int}, those first that differ most; each meets the graph's checks."""
+    hints = symbols(placeholders)
+    if not hints:
+        return [{}]
+    cached = {form for node in placeholders if ".key" in node.meta.get("input", "") for form in map(expression, node.meta["val"].shape[1:]) if not isinstance(form, int)}
+    out = []
+    for i, offset in enumerate(OFFSETS):
+        point = {symbol: max(1, hint + offset + (j if offset > 0 else 0)) for j, (symbol, hint) in enumerate(hints.items())}
+        if i == 2:
+            empty = {symbol: 0 if symbol in cached else size for symbol, size in point.items()}
+            out.insert(0, empty) if cached else None
+        out.append(point)
+    fits = lambda point: point != hints and all(check.condition.subs(point) in (True, 1) or check.condition.subs(point) == True for check in graph.checks)  # noqa: E712
+    return [point for point in out if fits(point)]
+
+
+def bound(node):
+    """One more than the largest id that an integer input may hold: the rows of the smallest table that it indexes; None for a mask."""
+    smallest, seen, open_ = None, {node}, [node]
+    while open_:
+        current = open_.pop()
+        for user in current.users:
+            name = short_name(user.target) if user.op == "call_function" else ""
+            if name == "embedding" and user.args[1] is current:
+                rows = user.args[0].meta["val"].shape[0]
+                smallest = rows if smallest is None else min(smallest, rows)
+            elif name in PASSES_ON and user not in seen and not user.meta["val"].dtype.is_floating_point and user.meta["val"].dtype != torch.bool:
+                seen.add(user)
+                open_.append(user)
+    return smallest
+
+
+def sample(node, point, generator):
+    """A tensor for an input at the sizes of a point."""
+    value = node.meta["val"]
+    shape = [form if isinstance(form := expression(size), int) else int(form.subs(point)) for size in value.shape]
+    if value.dtype.is_floating_point:
+        return torch.randn(shape, generator=generator).to(value.dtype)
+    rows = None if value.dtype == torch.bool else bound(node)
+    if rows is not None:
+        return torch.randint(0, int(rows), shape, generator=generator).to(value.dtype)
+    mask = torch.ones(shape, dtype=value.dtype)
+    if len(shape) == 2 and shape[1] > 2:
+        for i in range(1, shape[0]):  # the first row stays whole, the others are padded on the right or on the left
+            mask[i, :2] = 0 if i % 2 == 0 else 1
+            mask[i, -2:] = 0 if i % 2 else 1
+    return mask
+
+
+def difference(wanted, got):
+    """The largest difference, relative to the RMS of what is wanted; infinite where shapes, or what is finite, differ."""
+    if wanted.shape != got.shape:
+        return float("inf")
+    if wanted.dtype.kind != "f":
+        return 0.0 if np.array_equal(wanted, got) else float("inf")
+    finite = np.isfinite(wanted)
+    if not np.array_equal(finite, np.isfinite(got)) or not np.array_equal(wanted[~finite], got[~finite], equal_nan=True):
+        return float("inf")
+    wanted, got = wanted[finite].astype(np.float64), got[finite].astype(np.float64)
+    if not wanted.size:
+        return 0.0
+    return float(np.abs(wanted - got).max() / (np.sqrt(np.mean(np.square(wanted))) or 1.0))
+
+
+def session(path, disabled=(), optimised=True):
+    """An ONNX Runtime session on the CPU."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if not optimised:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(disabled))
+
+
+def agree(path, graph, nodes, placeholders, outputs, names, place):
+    """Compare a file with the graph at two sizes or more; an `Agreement`, or Broken / Refused in words. `names` are (inputs, outputs)."""
+    cases, reasons = [], []
+    device = next((p.device for p in graph.root.parameters()), torch.device("cpu"))
+    for i, point in enumerate(points(graph, placeholders)):
+        generator = torch.Generator().manual_seed(i)
+        given = {node: sample(node, point, generator).to(device) for node in placeholders}
+        feeds = {name: _numpy(tensor) for name, tensor in zip(names[0], given.values())}
+        try:
+            wanted = execute(graph.root, nodes, copy.copy(given), outputs)
+        except (RuntimeError, IndexError, ValueError) as error:
+            reasons.append(f"{_words(point)}: {error}")
+            continue
+        cases.append((point, given, feeds, wanted))
+        if len(cases) >= (3 if any(size == 0 for size in point.values()) or len(cases) > 1 and 0 in cases[0][0].values() else 2):
+            break
+    if not cases:
+        raise Refused(f"{place}: the graph itself does not run at made-up sizes: {'; '.join(reasons[:2])}. Pass check=False to write the file unchecked.")
+    return _verdict(path, graph, nodes, outputs, names, place, cases)
+
+
+def _verdict(path, graph, nodes, outputs, names, place, cases):
+    sizes = tuple(_words(point) for point, *_ in cases)
+    worst, where, excess = _worst(_load(path, place), names, cases, place)
+    if excess <= 1:
+        return Agreement(worst, sizes)
+    for disabled in (("Pad_Fusion",), None):  # Pad_Fusion moves a zero padding into a MaxPool, which pads with -inf
+        runner = _load(path, place, disabled) if disabled else _load(path, place, optimised=False)
+        error, _, rest = _worst(runner, names, cases, place)
+        if rest <= 1 and disabled:
+            return Agreement(error, sizes, disabled, (f"ONNX Runtime's {disabled[0]} is wrong here: InferenceSession(…, disabled_optimizers={list(disabled)})",))
+        if rest <= 1:
+            return Agreement(error, sizes, (), (f"ONNX Runtime's optimisations are wrong here ({where}): use GraphOptimizationLevel.ORT_DISABLE_ALL",))
+    exact = [execute(graph.root, nodes, copy.copy(given), outputs, double=True) for _, given, _, _ in cases]
+    own = max(difference(_numpy(e), _numpy(w)) for (_, _, _, wanted), es in zip(cases, exact) for e, w in zip(es, wanted))
+    ours = _worst(_load(path, place), names, [(p, g, f, e) for (p, g, f, _), e in zip(cases, exact)], place)[0]
+    if ours <= 2 * own < 0.1:
+        return Agreement(worst, sizes, (), (f"rounding: against float64 the error is {ours:.1e} here and {own:.1e} in PyTorch",))
+    raise Broken(f"{place}: ONNX Runtime and PyTorch differ at {where}: error {worst:.1e} of the RMS. No file was written; please report it with this line.")
+
+
+def _load(path, place, disabled=(), optimised=True):
+    try:
+        return session(path, disabled, optimised)
+    except Exception as error:  # ONNX Runtime's own exceptions have no public parent
+        raise Refused(f"{place}: ONNX Runtime cannot load the file: {str(error).strip()[:400]}\nCast the model to float32, or pass check=False.") from error
+
+
+def _worst(runner, names, cases, place):
+    """(worst error, where, worst error as a multiple of what is allowed)."""
+    worst, where, excess = 0.0, "", 0.0
+    taken = {item.name for item in runner.get_inputs()}
+    for point, _, feeds, wanted in cases:
+        try:
+            got = runner.run(None, {name: value for name, value in feeds.items() if name in taken})
+        except Exception as error:  # as above
+            raise Broken(f"{place}: ONNX Runtime fails at {_words(point)}: {str(error).strip()[:400]}") from error
+        for name, want, have in zip(names[1], wanted, got):
+            want = _tensor(want)
+            error = difference(_numpy(want), have)
+            ratio = error / TOLERANCE.get(want.dtype, 2e-5)
+            if ratio > excess:
+                worst, where, excess = error, f"{name} ({_words(point)})", ratio
+    return worst, where, excess
+
+
+def _tensor(value):
+    return value if isinstance(value, torch.Tensor) else torch.tensor(value)
+
+
+def _numpy(value):
+    value = _tensor(value).detach().cpu()
+    return value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()
+
+
+def _words(point):
+    return ", ".join(f"{symbol}={size}" for symbol, size in point.items()) or "the captured sizes"
+
