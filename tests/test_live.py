@@ -11,7 +11,7 @@ SHAPES = [(2, 7), (1, 1), (3, 11), (1, 5)]
 
 
 def tensors(out):
-    values = out.values() if hasattr(out, "values") else out if isinstance(out, (tuple, list)) else [out]
+    values = out.values() if isinstance(out, dict) else out if isinstance(out, (tuple, list)) else [out]
     return [v for v in values if isinstance(v, torch.Tensor)]
 
 

@@ -1,70 +1,188 @@
-"""The live model: the graph's own module tree, each block and the top running printed source.
+"""The live model: the graph's own module tree, in which each block and the top run printed source.
 
-    root (LlamaForCausalLM)                   live (LlamaForCausalLM, a subclass of it by the same name)
+    root (LlamaForCausalLM)                   live (LlamaForCausalLM: a subclass of it, by the same name)
       layers.0 (LlamaDecoderLayer)     -->      layers.0 (LlamaDecoderLayer whose forward is the printed source)
 
-The live model is still an instance of its class, its blocks are real submodules under their paths, and its tensors keep their names.
+The live model is still an instance of its class, its blocks are real submodules under their paths, and its tensors keep their names; so
+Trainer, checkpointing, sharding, hooks and compilation find what they look for.
 """
 
+import copy
 import hashlib
 import inspect
 import linecache
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from torch import nn
+
+from ..errors import Refused
 from ..graph import attribute
 from .outline import Piece, outline
 from .source import block_source, top_source
 
 
+@dataclass(frozen=True)
+class Printed:
+    """What a live class runs: body name → source text, and the role of its module ("top", "block" or "passage")."""
+
+    base: type
+    role: str
+    sources: tuple[tuple[str, str], ...] = ()
+
+
 def make_live(graph):
-    """The live model of a graph and its variants: `graph.root`, re-classed in place."""
+    """The live model of a graph and its variants: `graph.root`, re-classed in place. Raises Refused for a model with device-map hooks."""
     root = graph.root
-    bodies = {}
-    tops = {}
+    refuse_hooks(root)
+    cuts = {variant.name: outline(variant) for variant in graph.all()}
+    bodies, names = {}, {}  # block path -> {text: body name}; piece -> its body name, or None for the block's first
+    for name, cut in cuts.items():
+        for piece in cut.steps:
+            if isinstance(piece, Piece):
+                texts = bodies.setdefault(piece.path, {})
+                body = texts.setdefault(block_source(piece, attribute(root, piece.path)), f"{name}.{piece.call}" if piece.call else name)
+                names[piece] = None if body == next(iter(texts.values())) else body
+    tops = {}  # owner path -> [(variant name, text)]
     for variant in graph.all():
-        cut = outline(variant)
-        variant.notes += [n for n in cut.notes if n not in variant.notes]
-        for step in cut.steps:
-            if isinstance(step, Piece):
-                bodies.setdefault(step.path, {})[variant.name] = block_source(step, attribute(root, step.path))
-        tops[variant.name] = top_source(cut, attribute(root, variant.owner), variant.name, variant.owner)
-    for path, sources in bodies.items():
+        cut = cuts[variant.name]
+        variant.notes += [note for note in cut.notes if note not in variant.notes]
+        tops.setdefault(variant.owner, []).append((variant.name, top_source(cut, root, variant.name, variant.owner, names)))
+    for path in _passages(graph, bodies):
         module = attribute(root, path)
-        module.__class__ = live_class(type(module), tuple(sources.items()))
-    root.__class__ = live_class(type(root), tuple(tops.items()), True)
+        module.__class__ = live_class(Printed(type(module), "passage", (("path", path),)))
+    for path, texts in bodies.items():
+        module = attribute(root, path)
+        module.__class__ = live_class(Printed(type(module), "block", tuple((body, text) for text, body in texts.items())))
+    for owner, sources in tops.items():
+        module = attribute(root, owner)
+        module.__class__ = live_class(Printed(type(module), "top", tuple(sources)))
+        first = next(v for v in graph.all() if v.owner == owner)
+        module.__dict__["_signature"] = first.signature or Plain(first.name, first.inputs)
+        if owner:
+            module.__dict__["_whole"] = (root,)  # a tuple, so that the whole is no submodule of its part
     root.__dict__["graph"] = graph
-    root.__dict__["_inputs"] = graph.inputs
     return root
 
 
+def source(live, path=""):
+    """The printed source of the top ("") or of the block at a dotted path, one text per body. Raises Refused where there is none."""
+    printed = getattr(type(attribute(live, path)), "_printed", None)
+    if printed is None or printed.role == "passage":
+        raise Refused(f"{path or 'this model'} runs no printed source.  Ask for the live model itself, or for one of its blocks.")
+    return "\n\n".join(text for _, text in printed.sources)
+
+
+def refuse_hooks(model):
+    """Raise Refused for a model that accelerate has spread over devices: its hooks move weights while the original code runs."""
+    hooked = [name or "the model" for name, module in model.named_modules() if hasattr(module, "_hf_hook")]
+    if hooked:
+        raise Refused(
+            f"{hooked[0]} (and {len(hooked) - 1} more modules) carry accelerate's device-map hooks, which move weights while the original code runs.\n"
+            "Load the model without device_map, or take the hooks away with accelerate.hooks.remove_hook_from_module(model, recurse=True)."
+        )
+
+
+@dataclass(frozen=True)
+class Plain:
+    """How a graph without a signature of its own is called: its inputs by name or in order; one output comes back bare."""
+
+    name: str
+    inputs: tuple[str, ...]
+
+    def bind(self, live, args, kwargs):
+        given = dict(zip(self.inputs, args)) | kwargs
+        missing = [name for name in self.inputs if name not in given]
+        if missing or len(given) != len(self.inputs):
+            raise Refused(f"this graph takes {', '.join(self.inputs)}; {'missing: ' + ', '.join(missing) if missing else 'got ' + ', '.join(given)}.")
+        return self.name, [given[name] for name in self.inputs]
+
+    def pack(self, live, call, flat):
+        return flat[0] if len(flat) == 1 else flat
+
+
+def _passages(graph, bodies):
+    """The modules between the whole and its blocks: their own code would call the blocks as they no longer are."""
+    owners = {v.owner for v in graph.all()}
+    paths = {}
+    for path in bodies:
+        parts = path.split(".")
+        paths.update(dict.fromkeys(".".join(parts[:i]) for i in range(1, len(parts))))
+    return [p for p in paths if p not in owners and p not in bodies and not isinstance(attribute(graph.root, p), (nn.ModuleList, nn.ModuleDict))]
+
+
 @lru_cache(maxsize=4096)
-def compiled(source):
+def compiled(text):
     """The function `forward` of a source text; equal texts give one function, so that equal blocks share one code object."""
-    name = f"<rewrite {hashlib.sha256(source.encode()).hexdigest()[:12]}>"
-    linecache.cache[name] = (len(source), None, source.splitlines(True), name)
+    name = f"<rewrite {hashlib.sha256(text.encode()).hexdigest()[:12]}>"
+    linecache.cache[name] = (len(text), None, text.splitlines(True), name)
     space = {"__name__": "rewrite.emit.printed"}
-    exec(compile(source, name, "exec"), space)
+    exec(compile(text, name, "exec"), space)
     return space["forward"]
 
 
 @lru_cache(maxsize=4096)
-def live_class(base, sources, is_top=False):
-    """A subclass of `base`, under its name, whose forward runs the printed sources."""
-    functions = {name: compiled(text) for name, text in sources}
-    run = functions["forward"]
-    space = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__, "_sources": dict(sources)}
-    if not is_top:
-        return type(base.__name__, (base,), {**space, "forward": run})
+def live_class(printed):
+    """The subclass of a module's class, under the same name, that runs what is printed."""
+    base = printed.base
+    space = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__, "_printed": printed, "__reduce_ex__": _reduce}
+    if printed.role == "passage":
+        return type(base.__name__, (base,), {**space, "forward": _passage_forward(printed)})
+    bodies = {name: compiled(text) for name, text in printed.sources}
+    if printed.role == "block":
+        return type(base.__name__, (base,), {**space, "forward": _block_forward(bodies)})
+    return type(base.__name__, (base,), {**space, "forward": _top_forward(base, bodies), "__deepcopy__": _deepcopy, "graph": None})
 
+
+def _block_forward(bodies):
+    if len(bodies) == 1:
+        return next(iter(bodies.values()))
+    first = next(iter(bodies))
+
+    def forward(self, *values, body=first):
+        return bodies[body](self, *values)
+
+    return forward
+
+
+def _top_forward(base, bodies):
     def forward(self, *args, **kwargs):
-        kwargs.update(zip(self._inputs, args))
-        flat = run(self, *(kwargs[name] for name in self._inputs))
-        return flat[0] if len(flat) == 1 else flat
+        name, values = call = self._signature.bind(self, args, kwargs)
+        return self._signature.pack(self, call, bodies[name](self, *values))
 
     forward.__signature__ = inspect.signature(base.forward)
-    return type(base.__name__, (base,), {**space, "forward": forward})
+    forward.__doc__ = base.forward.__doc__
+    return forward
 
 
-def source(live, path=""):
-    """The printed source of the top ("") or of the block at a path."""
-    return "\n\n".join(type(attribute(live, path))._sources.values())
+def _passage_forward(printed):
+    path = dict(printed.sources)["path"]
+
+    def forward(self, *args, **kwargs):
+        raise Refused(f"{path} was not captured as a call of its own: its blocks run rewritten code.  Call the live model itself.")
+
+    forward.__signature__ = inspect.signature(printed.base.forward)
+    return forward
+
+
+def _rebuild(printed):
+    cls = live_class(printed)
+    return cls.__new__(cls)
+
+
+def _reduce(self, protocol):
+    """Pickle as (base class, source texts, state): the class is made anew where it is read. The graph stays behind (fake values do not travel)."""
+    printed = type(self)._printed
+    if "_printed" not in type(self).__dict__:  # something (FSDP) put a class of its own on top
+        return object.__reduce_ex__(self, protocol)
+    return _rebuild, (printed,), {k: v for k, v in self.__dict__.items() if k != "graph"}
+
+
+def _deepcopy(self, memo):
+    """A copy with tensors of its own; graphs are values and are shared, over the copy's tree."""
+    twin = memo[id(self)] = self.__new__(type(self))
+    twin.__setstate__(copy.deepcopy({k: v for k, v in self.__dict__.items() if k != "graph"}, memo))
+    if self.graph is not None:
+        variants = {name: replace(variant, root=twin) for name, variant in self.graph.variants.items()}
+        twin.__dict__["graph"] = replace(self.graph, root=twin, variants=variants)
+    return twin

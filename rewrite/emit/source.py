@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 from torch import fx, nn
 
-from ..graph import HOST, count, device_of, dtype_of, least, select
+from ..graph import HOST, attribute, count, device_of, dtype_of, least, select
 from .outline import Piece
 
 INFIX = {
@@ -49,9 +49,15 @@ def native(op):
     return "function", f"torch.ops.aten.{name}.{overload}"
 
 
-def top_source(outline, root, name, owner=""):
-    """The source of a top: `forward(self, <inputs>)` over `root`, the module at path `owner`; gives one flat tuple."""
-    return _Writer(outline.inputs, outline.steps, outline.sizes, root, owner).source(f"{type(root).__name__}, {name}", outline.result, is_top=True)
+def top_source(outline, root, name, owner="", bodies=None):
+    """The source of a top: `forward(self, <inputs>)` of the module at path `owner`, giving one flat tuple.
+
+    `bodies`: piece → the name of the body that its block runs, None for the block's first.
+    """
+    module = attribute(root, owner)
+    writer = _Writer(outline.inputs, outline.steps, outline.sizes, module, owner)
+    writer.bodies, writer.tied, writer.whole = bodies or {}, _tied(root, owner), root
+    return writer.source(f"{type(module).__name__}, {name}", outline.result, is_top=True)
 
 
 def block_source(piece, root):
@@ -67,7 +73,7 @@ class _Writer:
         self.inputs, self.sizes, self.root = inputs, sizes, root
         self.prefix = prefix + "." if prefix else ""
         self.steps = [s for s in steps if isinstance(s, Piece) or s not in sizes]
-        self.bodies = {}  # piece -> keyword text, filled by whoever knows which bodies a block has
+        self.bodies, self.tied, self.whole = {}, {}, None
         self.bindings, self.used, self.names, self.modules, self.lines = {}, set(), {}, {}, []
         self.counters, self.taken = {}, {"self", "torch", "math", "inf", "nan"}
 
@@ -168,9 +174,10 @@ class _Writer:
                 self.reads.setdefault(tuple(parts[:i]), []).append(tuple(parts[: i + 1]))
 
     def relative(self, path):
-        if not path.startswith(self.prefix):
-            raise LookupError(f"{path} lies outside {self.prefix}")
-        return path[len(self.prefix) :]
+        """A path as seen from this function's module; a tensor outside of it by a tied name, else through the whole model."""
+        if path.startswith(self.prefix):
+            return path[len(self.prefix) :]
+        return self.tied.get(path) or f"_whole.0.{path}"
 
     def read(self, path):
         """An expression for what stands at a dotted path; modules read more than once get a local name."""
@@ -182,6 +189,8 @@ class _Writer:
             key = parts[: i + 1]
             if module is None:
                 continue
+            if key == ("_whole", "0"):
+                module, text = self.whole, "self._whole[0]"
             if key in self.modules:
                 text = self.modules[key]
             elif len(set(self.reads.get(key, ()))) > 1 or (len(self.reads.get(key, ())) > 1 and i == len(parts) - 2):
@@ -291,8 +300,8 @@ class _Writer:
 
     def call_block(self, piece):
         arguments = [self.value(a) for a in piece.inputs]
-        if keyword_text := self.bodies.get(piece):
-            arguments.append(keyword_text)
+        if body := self.bodies.get(piece):
+            arguments.append(f"body={body!r}")
         text = f"{self.read(piece.path)}({', '.join(arguments)})"
         for node in piece.outputs:
             self.names[node] = self.numbered(re.sub(r"\W", "_", piece.path.rsplit(".", 2)[-2] if "." in piece.path else piece.path) if node is piece.outputs[0] else _stem(node))
@@ -341,6 +350,21 @@ class _Writer:
         if target in (max, min):
             return f"{target.__name__}({self.arguments(args, node.kwargs)})"
         return f"{self.bound(node)}({self.arguments(args, node.kwargs)})"
+
+
+def _tied(root, owner):
+    """path outside of `owner` -> the name inside of it under which the same tensor is found."""
+    if not owner:
+        return {}
+    prefix, inside, tied = owner + ".", {}, {}
+    pairs = [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]
+    for path, tensor in pairs:
+        if path.startswith(prefix):
+            inside.setdefault(id(tensor), path[len(prefix) :])
+    for path, tensor in pairs:
+        if not path.startswith(prefix) and id(tensor) in inside:
+            tied[path] = inside[id(tensor)]
+    return tied
 
 
 def _nodes_in(value):
