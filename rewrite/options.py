@@ -12,6 +12,7 @@ import difflib
 import functools
 import json
 import math
+import re
 import typing
 
 import pydantic
@@ -30,6 +31,13 @@ LIMITS = {
     "maxLength": "of at most {} characters",
     "pattern": "like {}",
 }
+
+
+def common(cls):
+    """The keys of COMMON that a step of this pass may have: a pass that makes no tensors has no name, one without sites no `where`."""
+    if not hasattr(cls, "apply"):
+        return COMMON
+    return ("pass",) if cls.role is None else ("pass", "where")
 
 
 def said(value):
@@ -63,7 +71,15 @@ def options_model(cls):
 
 
 def options_schema(cls):
-    return options_model(cls).model_json_schema(by_alias=True)
+    """The JSON Schema of a pass's options, each described as the class's docstring has it ("rank: of the update. alpha: …")."""
+    schema = options_model(cls).model_json_schema(by_alias=True)
+    names = "|".join(map(re.escape, schema.get("properties", {})))
+    said_of = dict(re.findall(rf"\b({names}):\s+(.*?)(?=\s+(?:{names}):\s|\Z)", " ".join((cls.__doc__ or "").split()))) if names else {}
+    for name, part in schema.get("properties", {}).items():
+        part.pop("title", None)
+        if name in said_of:
+            part.setdefault("description", said_of[name])
+    return schema
 
 
 def parse_options(cls, method, given, place, faults):

@@ -11,7 +11,6 @@ step is read off that dataclass, so the checks, the messages and the JSON Schema
 import dataclasses
 import importlib
 import importlib.metadata
-import inspect
 import json
 import keyword
 import pkgutil
@@ -24,9 +23,10 @@ from torch import nn
 
 from .contract import Pass
 from .errors import SpecError
-from .options import COMMON, closest, options_model, options_schema, parse_options, said
+from .options import COMMON, closest, common, options_model, parse_options, said
+from .schema import SEED_LIMIT, schema
+from .where import parse as parse_where
 
-SEED_LIMIT = 2**63
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Step:
         """The step as plain JSON values; defaults are left out unless `full`."""
         model = options_model(type(self.options))
         given = model(**{f.name: getattr(self.options, f.name) for f in dataclasses.fields(self.options)})
-        step = {"pass": self.method, "where": self.where}
-        step |= given.model_dump(mode="json", by_alias=True, exclude_defaults=not full)
+        step = {"pass": self.method, "where": self.where, **given.model_dump(mode="json", by_alias=True, exclude_defaults=not full)}
         step |= {"name": self.name, "allow_refusals": self.allow_refusals}
         usual = {"where": self.options.role, "name": "default", "allow_refusals": False}
-        return {key: value for key, value in step.items() if key not in usual or (value is not None if full else value != usual[key])}
+        keys = common(type(self.options))
+        return {key: value for key, value in step.items() if key not in usual or (key in keys and (full or value != usual[key]))}
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Spec:
         """The JSON Schema (draft 2020-12) of a spec that names the built-in passes and `passes`."""
         finder = _Finder(passes)
         found = {name: finder.find(name) for name in sorted({*builtin_names(), *(_names_of(p)[0] for p in passes)})}
-        return _schema(found)
+        return schema(found)
 
 
 # -- finding a pass ------------------------------------------------------------------------------------------------------------------
@@ -289,8 +289,17 @@ def _parse_step(step, finder, place, faults):
     if type(allow) is not bool:
         faults.append(f"{place}.allow_refusals: expected true or false, got {said(allow)}")
     where = step.get("where", cls.role)
-    if "where" in step:
-        _check_where(where, f"{place}.where", faults)
+    for key in COMMON:
+        if key in step and key not in common(cls):
+            what = "works on the whole graph" if cls.role is None else "makes no tensors"
+            faults.append(f'{place}: {method} {what} and takes no "{key}". Leave it out.')
+    if where is None and "where" in common(cls) and "where" not in step:
+        faults.append(f'{place}: {method} needs "where": the role on which it works')
+    if "where" in step and "where" in common(cls):
+        try:
+            parse_where(where, f"{place}.where")
+        except SpecError as error:
+            faults.append(str(error))
     options = parse_options(cls, method, {k: v for k, v in step.items() if k not in COMMON}, place, faults)
     if len(faults) > before:
         return None
@@ -307,11 +316,6 @@ def _name_fault(name):
     return None
 
 
-def _check_where(where, place, faults):
-    if not isinstance(where, str | dict | list):
-        faults.append(f"{place}: expected string, object or list, got {said(where)}")
-
-
 def _check_collisions(steps, faults):
     """Two steps that would make tensors of the same names at the same sites, with no whole-graph pass (a merge) in between."""
     seen = {}
@@ -324,75 +328,3 @@ def _check_collisions(steps, faults):
             there = f'stands at {said(step.where)} already ({seen[key]}) under the name "{step.name}"'
             faults.append(f'{step.place}: "{step.method}" {there}. Give one of them another "name".')
         seen.setdefault(key, step.place)
-
-
-# -- the JSON Schema -----------------------------------------------------------------------------------------------------------------
-
-WHERE_SCHEMA = {"type": ["string", "object", "array"]}
-
-
-def _schema(found):
-    definitions = {"where": WHERE_SCHEMA}
-    for name, cls in found.items():
-        options = options_schema(cls)
-        for key, value in options.get("$defs", {}).items():
-            definitions[key] = value
-        for value in options.get("properties", {}).values():
-            value.pop("title", None)
-        definitions[f"pass.{name}"] = {
-            "title": name,
-            "description": inspect.getdoc(importlib.import_module(cls.__module__)) or inspect.getdoc(cls),
-            "type": "object",
-            "properties": {
-                "pass": {"const": name},
-                "where": {"$ref": "#/$defs/where", **({"default": cls.role} if cls.role else {})},
-                "name": {"$ref": "#/$defs/name"},
-                "allow_refusals": {"$ref": "#/$defs/allow_refusals"},
-                **options.get("properties", {}),
-            },
-            "required": ["pass", *options.get("required", [])],
-            "additionalProperties": False,
-            **({"examples": [{"pass": name, **cls.example}]} if cls.example else {}),
-        }
-    definitions["pass.other"] = {
-        "title": "a pass of your own, named by its module",
-        "type": "object",
-        "properties": {
-            "pass": {"type": "string", "pattern": r"^[^.]+(\.[^.]+)+$"},
-            "where": {"$ref": "#/$defs/where"},
-            "name": {"$ref": "#/$defs/name"},
-            "allow_refusals": {"$ref": "#/$defs/allow_refusals"},
-        },
-        "required": ["pass"],
-    }
-    definitions["name"] = {
-        "type": "string",
-        "pattern": "^[A-Za-z_][A-Za-z0-9_]*$",
-        "default": "default",
-        "description": "Tells adapters of one kind apart; part of the names of their tensors.",
-    }
-    definitions["allow_refusals"] = {
-        "type": "boolean",
-        "default": False,
-        "description": "Leave out the sites that this pass declines, instead of stopping.",
-    }
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "rewrite spec",
-        "description": "Passes over a captured model, run in the order written.",
-        "type": "object",
-        "properties": {
-            "$schema": {"type": "string", "description": "The path of this file, for editors."},
-            "seed": {
-                "type": "integer",
-                "minimum": 0,
-                "maximum": SEED_LIMIT - 1,
-                "default": 0,
-                "description": "Seeds the new tensors, with the path of their site.",
-            },
-            "passes": {"type": "array", "items": {"anyOf": [{"$ref": f"#/$defs/{key}"} for key in definitions if key.startswith("pass.")]}},
-        },
-        "required": ["passes"],
-        "additionalProperties": False,
-        "$defs": definitions,
-    }

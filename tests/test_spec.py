@@ -28,7 +28,11 @@ class Side(enum.Enum):
 
 @dataclass(frozen=True)
 class Rosa(Pass):
-    """A pass of the tests, with an option of every kind."""
+    """A pass of the tests, with an option of every kind.
+
+    rank: of the update. alpha: its scale is
+    alpha/rank, see rank.
+    """
 
     rank: Annotated[int, Field(ge=1)]
     alpha: float = 16.0
@@ -176,7 +180,8 @@ def test_specs_that_ask_for_the_same_are_equal_and_others_are_not():
         ({"tag": "\ud800"}, "passes[0]: a string holds a character that is not Unicode"),
         ({"tag": "bad"}, 'passes[0]: rosa: tag "bad" is not a good tag'),
         ({"json": []}, "passes[0].json: expected object, got []"),
-        ({"where": 3}, "passes[0].where: expected string, object or list, got 3"),
+        ({"where": 3}, "passes[0].where: expected a role, an object or a list of these, got 3. For example \"attention.{q,v}\"."),
+        ({"where": {"role": "linear", "expect": 0}}, "passes[0].where.expect: expected a whole number above 0, got 0."),
         ({"name": "a.b"}, 'passes[0].name: "a.b" cannot be part of a parameter\'s name. Use letters, digits and _.'),
         ({"name": "class"}, 'passes[0].name: "class" cannot be part of a parameter\'s name. Use letters, digits and _.'),
         ({"name": "training"}, 'passes[0].name: "training" is a name that every torch module has already. Choose another.'),
@@ -203,6 +208,29 @@ def test_an_unknown_pass_lists_the_closest_and_all():
     assert message.startswith('passes[1]: "rossa" is not a pass. Did you mean "rosa"? Passes: ')
     assert "rosa" in fault({"pass": "ROSA"})
     assert "Did you mean" not in fault({"pass": "entirely_else"})
+
+
+def test_an_unknown_role_lists_the_closest_and_all():
+    message = fault(rosa(where=["linear", "atention.{q,v}"]))
+    assert message.startswith('passes[0].where[1]: "atention.q" is not a role. Did you mean "attention.q"')
+    assert "mlp.down" in message
+
+
+def test_a_pass_without_sites_or_tensors_takes_no_where_and_no_name():
+    assert fault({"pass": "still", "where": "linear"}) == 'passes[0]: still works on the whole graph and takes no "where". Leave it out.'
+    assert fault({"pass": "still", "name": "fr"}) == 'passes[0]: still works on the whole graph and takes no "name". Leave it out.'
+    assert not jsonschema.Draft202012Validator(Spec.schema(PASSES)).is_valid({"passes": [{"pass": "still", "name": "fr"}]})
+
+
+def test_a_pass_without_a_usual_place_needs_a_where():
+    @dataclass(frozen=True)
+    class Anywhere(Pass):
+        def output(self, y):
+            return y
+
+    with pytest.raises(SpecError, match='passes\\[0\\]: anywhere needs "where"'):
+        Spec.parse({"passes": [{"pass": "anywhere"}]}, [Anywhere])
+    assert Spec.parse({"passes": [{"pass": "anywhere", "where": "mlp"}]}, [Anywhere]).passes[0].where == "mlp"
 
 
 def test_every_mistake_is_told_at_once():
@@ -391,8 +419,9 @@ def test_the_schema_is_a_schema_and_agrees_with_the_parser():
 def test_the_schema_documents_each_pass():
     schema = Spec.schema(PASSES)
     part = schema["$defs"]["pass.rosa"]
-    assert part["properties"]["rank"] == {"minimum": 1, "type": "integer"}
-    assert part["properties"]["alpha"] == {"default": 16.0, "type": "number"}
+    assert part["properties"]["rank"] == {"minimum": 1, "type": "integer", "description": "of the update."}
+    assert part["properties"]["alpha"] == {"default": 16.0, "type": "number", "description": "its scale is alpha/rank, see rank."}
+    assert "description" not in part["properties"]["kind"]
     assert part["properties"]["where"]["default"] == "linear"
     assert part["examples"] == [{"pass": "rosa", "where": "attention.{q,v}", "rank": 4}]
     assert set(builtin_names()) <= {key.removeprefix("pass.") for key in schema["$defs"]}

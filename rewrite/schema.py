@@ -1,0 +1,88 @@
+"""The JSON Schema (draft 2020-12) of a spec, for editors: made from the passes' own fields, docstrings and examples."""
+
+import importlib
+import inspect
+
+from .options import COMMON, common, options_schema
+from .where import ROLES
+
+SEED_LIMIT = 2**63
+_SHARED = {
+    "where": {
+        "description": f"Where the pass works. Braces stand for either, * for the rest of a name. Roles: {', '.join(ROLES)}.",
+        "anyOf": [
+            {"type": "string", "minLength": 1, "examples": ["linear", "attention.{q,v}", "mlp.*"]},
+            {
+                "type": "object",
+                "properties": {
+                    "role": {"$ref": "#/$defs/texts", "description": "A role as above."},
+                    "path": {"$ref": "#/$defs/texts", "description": "Paths of modules: * is one component, ** any number: layers.{0..3}.**"},
+                    "not": {"$ref": "#/$defs/where", "description": "Sites to leave out."},
+                    "expect": {"type": "integer", "minimum": 1, "description": "The number of sites there must be."},
+                },
+                "anyOf": [{"required": ["role"]}, {"required": ["path"]}],
+                "additionalProperties": False,
+            },
+            {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/where"}, "description": "Either of these."},
+        ],
+    },
+    "texts": {"anyOf": [{"type": "string", "minLength": 1}, {"type": "array", "minItems": 1, "items": {"type": "string", "minLength": 1}}]},
+    "name": {
+        "type": "string",
+        "pattern": "^[A-Za-z_][A-Za-z0-9_]*$",
+        "default": "default",
+        "description": "Tells adapters of one kind apart; part of the names of their tensors.",
+    },
+    "allow_refusals": {"type": "boolean", "default": False, "description": "Leave out the sites that this pass declines, instead of stopping."},
+}
+
+
+def schema(found):
+    """The schema of a spec that may name the passes of `found` (name → Pass class), and passes of the reader's own by their module."""
+    own = {
+        "title": "a pass of your own, named by its module",
+        "type": "object",
+        "properties": {"pass": {"type": "string", "pattern": r"^[^.]+(\.[^.]+)+$"}, **{key: {"$ref": f"#/$defs/{key}"} for key in COMMON[1:]}},
+        "required": ["pass"],
+    }
+    steps, definitions = {}, {}
+    for name, cls in found.items():
+        options = options_schema(cls)
+        definitions |= options.get("$defs", {})
+        steps[f"pass.{name}"] = _step_schema(name, cls, options)
+    steps["pass.other"] = own
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "rewrite spec",
+        "description": "Passes over a captured model, run in the order written.",
+        "type": "object",
+        "properties": {
+            "$schema": {"type": "string", "description": "The path of this file, for editors."},
+            "seed": {
+                "type": "integer",
+                "minimum": 0,
+                "maximum": SEED_LIMIT - 1,
+                "default": 0,
+                "description": "Seeds the new tensors, with the path of their site.",
+            },
+            "passes": {"type": "array", "items": {"anyOf": [{"$ref": f"#/$defs/{key}"} for key in steps]}},
+        },
+        "required": ["passes"],
+        "additionalProperties": False,
+        "$defs": {**steps, **_SHARED, **definitions},
+    }
+
+
+def _step_schema(name, cls, options):
+    shared = {key: {"$ref": f"#/$defs/{key}"} for key in common(cls) if key != "pass"}
+    if "where" in shared and cls.role:
+        shared["where"]["default"] = cls.role
+    return {
+        "title": name,
+        "description": inspect.getdoc(importlib.import_module(cls.__module__)) or inspect.getdoc(cls),
+        "type": "object",
+        "properties": {"pass": {"const": name}, **shared, **options.get("properties", {})},
+        "required": ["pass", *options.get("required", [])],
+        "additionalProperties": False,
+        "examples": [{"pass": name, **cls.example}],
+    }
