@@ -326,6 +326,7 @@ from rewrite.contract import Pass
 @dataclass(frozen=True)
 class Tiny(Pass):
     size: int = 3
+    role = "linear"
 """
 
 
