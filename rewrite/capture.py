@@ -1,53 +1,284 @@
-"""Interim: one plain export to the canonical graph. To be replaced by the real capture."""
+"""A model, captured: its main call and the calls it generates by, each one flat graph over one tree of tensors.
 
+    capture(model)  ->  Graph("forward", variants={"past": …}, checks=(length <= 64, …), opaque={path: reason})
+
+Each call is run twice on fake tensors, differently in everything that must not be baked in (mode, dtype, sizes, seeds), and aligned.
+"""
+
+from collections import Counter
+from dataclasses import replace
+
+import sympy
 import torch
-from torch import fx
-
-from .graph import Graph, attribute, clone_tree, install
+from torch import fx, nn
 
 
-def capture(model, example=None, dims=None):
-    model = model.eval()
+from .align import Alignment, Merge, Misaligned, has_effect, is_size, read_devices, tidy
+from .errors import Refused
+from .graph import Check, Graph, attribute, clone_tree, install
+from .opaque import stand_in
+from .trace import CannotTrace, trace
+from .variants import variants
+
+_ATTEMPTS = 24
+
+
+
+def capture(model, example=None):
+    """Capture a model → its main Graph ("forward"), the others under `.variants`.
+
+    model: a transformers model, or any nn.Module with `example` (a dict of arguments, or a tuple of them in order). It is not changed:
+    not its mode, its config, its tensors, nor the random state of the process.
+    Raises Refused where the outermost module cannot be captured, with the line that stood in the way.
+    """
+    if model.__dict__.get("forward") is not None and hasattr(model, "_hf_hook"):
+        raise Refused(f"{type(model).__name__} runs through accelerate's hooks. Capture the model before they are attached, or remove them (remove_hook_from_module).")
     root = clone_tree(model)
-    D = torch.export.Dim.DYNAMIC
-    if dims is None:
-        dims = {k: ({0: D, 1: D} if isinstance(v, torch.Tensor) and v.dim() == 2 and v.dtype == torch.long else {0: D}) for k, v in example.items()}
-    from transformers.exporters.exporter_dynamo import apply_patches, patch_forward_signature, register_cache_pytrees_for_model, reset_model_state
-
-    import contextlib
-
-    hf = hasattr(model, "config")
-    if hf:
-        register_cache_pytrees_for_model(model)
-        model.config.use_cache = False
-    with torch.no_grad(), apply_patches("dynamo"), reset_model_state(model) if hf else contextlib.nullcontext(), patch_forward_signature(model, example):
-        ep = torch.export.export(model, (), kwargs=example, dynamic_shapes=dims, strict=False, prefer_deferred_runtime_asserts_over_guards=True)
-    model.__dict__.pop("forward", None)
-    sig = ep.graph_signature
-    where = {**sig.inputs_to_parameters, **sig.inputs_to_buffers, **sig.inputs_to_lifted_tensor_constants}
-    for name, c in ep.constants.items():
+    graphs, opaque = [], {}
+    for variant in variants(model, example):
+        main = graphs[0] if graphs else None
         try:
-            attribute(root, name)
-        except AttributeError:
-            install(root, name, c, persistent=False)
-    g, env = fx.Graph(), {}
-    for n in ep.graph.nodes:
-        if n.op == "placeholder" and n.name in where:
-            m = g.create_node("get_attr", where[n.name])
-        elif n.op == "call_function" and not n.users and n.target in (torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_scalar.default, torch.ops.aten.sym_constrain_range_for_size.default):
+            graphs.append(_Capture(model, root, variant, opaque, main).graph())
+        except Refused as reason:
+            if main is None:
+                raise
+            main.notes.append(f"no variant {variant.name!r}: {reason}")
+    main = graphs[0]
+    main.variants = {graph.name: graph for graph in graphs[1:]}
+    return main
+
+
+class _Capture:
+    """One variant on its way to a Graph. `opaque` (path → reason) is shared by the variants of a model."""
+
+    def __init__(self, model, root, variant, opaque, main):
+        self.model, self.root, self.variant, self.opaque, self.main = model, root, variant, opaque, main
+        self.notes = list(getattr(variant, "notes", ()))
+        self.modules = dict(model.named_modules())
+        self.dtype = _main_dtype(model)
+        self.twin_dtype = torch.float32 if self.dtype == torch.bfloat16 else torch.bfloat16
+
+    def graph(self):
+        ours, alignment, theirs = self._pair()
+        Merge(alignment, self.variant.mode == "both", self.notes).apply()
+        if self.variant.mode == "eval" and self.main is not None:
+            _flags_by_analogy(ours.graph, self.main, self.notes)
+        read_devices(ours.graph)
+        self._constants(ours, theirs)
+        checks = self._checks(ours, theirs)
+        graph = fx_in_order(ours.graph)
+        made = Graph(
+            graph, self.root, self.variant.name, self.variant.owner, ours.inputs, ours.outputs, _blocks(self.model, ours.called), checks,
+            {path: reason for path, reason in self.opaque.items() if any(n.op == "call_module" and n.target == path for n in graph.nodes)}, self.notes,
+        )  # fmt: skip
+        return made
+
+    # -- the two runs, and what is done about a module that does not go along
+
+    def _pair(self):
+        """→ (our trace, the alignment, their trace), modules that cannot be traced or aligned made opaque on the way."""
+        twin = self._twin_settings()
+        for _ in range(_ATTEMPTS):
+            try:
+                ours = self._trace(training=False, seed=1)
+                failed = self._specialised(ours)
+                if failed is None:
+                    return self._aligned(ours, twin)
+            except CannotTrace as error:
+                failed = error.stack, error.reason
+            except Misaligned as error:
+                failed = (error.path,), error.words
+            self._give_up(*failed)
+        raise Refused(f"{type(self.model).__name__}: after {_ATTEMPTS} attempts there was still a module that could not be captured: {', '.join(self.opaque)}")
+
+    def _twin_settings(self):
+        """The ways in which the second run may differ, boldest first; what fails falls back, and is noted."""
+        training = self.variant.mode == "both"
+        return [dict(training=training, other=True, least=True), dict(training=training, other=False, least=True), dict(training=training, other=True, least=False), dict(training=training, other=False, least=False)]
+
+    def _aligned(self, ours, settings):
+        reason = None
+        for setting in settings:
+            try:
+                theirs = self._trace(training=setting["training"], seed=2, other=setting["other"], least=setting["least"])
+                alignment = Alignment(ours.graph, theirs.graph, {**ours.replacements, **theirs.replacements})
+            except (CannotTrace, Misaligned) as error:
+                reason = reason or error
+                continue
+            if not setting["other"]:
+                self.notes.append(f"{self.variant.name}: a run in {self.twin_dtype} did not go along ({reason}); dtypes stay those of the model as captured")
+            self.least = setting["least"]
+            return ours, alignment, theirs
+        raise reason
+
+    def _trace(self, training, seed, other=False, least=False):
+        cast = (lambda dtype: self.twin_dtype if dtype == self.dtype else dtype) if other else (lambda dtype: dtype)
+        stand_ins = {path: stand_in for path in self.opaque}
+        result = trace(self.model, self.variant, training=training, cast=cast, seed=seed, least=least, opaque=stand_ins)
+        tidy(result.graph)
+        return result
+
+    def _specialised(self, ours):
+        """A symbol that became a number: (modules at work, words); None if all of them stayed symbols."""
+        for guard in ours.guards:
+            fixed = [s for s in guard.condition.free_symbols if isinstance(ours.replacements.get(s), sympy.Integer)]
+            if fixed:
+                name = next((name for name, symbol in ours.symbols.items() if symbol in fixed), str(fixed[0]))
+                return guard.stack, f"{guard.place}: {name} would be fixed at {ours.replacements[fixed[0]]} (a loop over it, or a size that must fit)", name
+        return None
+
+    def _give_up(self, stack, reason, symbol=None):
+        """Make the innermost module at work opaque, with all of its class; a module that is opaque already sends it outwards."""
+        for path in reversed(stack):
+            if not path or path == self.variant.owner:
+                break
+            if path in self.opaque:
+                continue
+            kind = type(self.modules[path])
+            for other, module in self.modules.items():
+                if type(module) is kind:
+                    self.opaque.setdefault(other, reason)
+            return
+        if symbol is not None and symbol != "batch":
+            dims = {leaf: {dim: name for dim, name in named.items() if symbol not in name.split("+")} for leaf, named in self.variant.dims.items()}
+            self.variant = replace(self.variant, dims=dims)
+            self.notes.append(f"{self.variant.name}: {reason}; other values of {symbol} are refused")
+            return
+        raise Refused(f"{type(self.model).__name__}, call {self.variant.name!r}: {reason}")
+
+    # -- what must be the same in both runs, and what must hold for the inputs
+
+    def _constants(self, ours, theirs):
+        """Tensors made while tracing: kept where both runs made the same, single numbers as numbers, the rest as buffers of their module."""
+        for node in list(ours.graph.nodes):
+            if node.op != "get_attr" or node.target not in ours.constants:
+                continue
+            value, other = ours.constants[node.target], theirs.constants.get(node.target)
+            if other is None or value.shape != other.shape or not torch.equal(value.to(torch.float64), other.to(torch.float64).to(torch.float64)) and not _rounded(value, other):
+                raise Refused(f"{node.meta.get('source') or node.target}: a tensor is made from random numbers outside of torch while the model runs; it would be the same for every call.")
+            if value.dim() == 0 and value.device.type == "cpu" and value.dtype == other.dtype:
+                with ours.graph.inserting_before(node):
+                    number = ours.graph.call_function(torch.ops.aten.scalar_tensor.default, (value.item(),), {"dtype": value.dtype, "device": torch.device("cpu")})
+                number.meta = dict(node.meta)
+                node.replace_all_uses_with(number)
+                ours.graph.erase_node(node)
+                continue
+            install(self.root, node.target, value.detach().clone(), persistent=False)
+
+    def _checks(self, ours, theirs):
+        """Conditions that the calls must meet: those of the model's code that no second run showed to be indifferent."""
+        found = {}
+        for guard in ours.guards:
+            condition = guard.condition.xreplace(ours.replacements)
+            if condition in (True, sympy.true) or condition in found:
+                continue
+            if guard.torch_asked and not _is_equality(condition):
+                continue  # a question about strides and sizes of one: the op is in the graph either way, and checks its own inputs
+            if self.least and _only_fails_at(condition, theirs.hints):
+                continue  # the second run was there, and gave the same graph
+            found[condition] = Check(condition, guard.place)
+        return tuple(found.values())
+
+
+def _main_dtype(model):
+    counts = Counter(p.dtype for p in model.parameters() if p.dtype.is_floating_point)
+    return counts.most_common(1)[0][0] if counts else torch.get_default_dtype()
+
+
+def _rounded(value, other):
+    return value.dtype != other.dtype and value.dtype.is_floating_point and torch.equal(value.to(other.dtype), other)
+
+
+def _is_equality(condition):
+    return any(isinstance(part, sympy.Eq) for part in sympy.preorder_traversal(condition))
+
+
+def _only_fails_at(condition, least):
+    """Whether a condition on one symbol is false at its least value alone."""
+    symbols = condition.free_symbols
+    if len(symbols) != 1 or not isinstance(condition, sympy.core.relational.Relational):
+        return False
+    (symbol,) = symbols
+    if symbol not in least or not (condition.lhs - condition.rhs).is_polynomial(symbol) or sympy.degree(condition.lhs - condition.rhs, symbol) > 1:
+        return False
+    at = least[symbol]
+    return condition.subs(symbol, at) == sympy.false and condition.subs(symbol, at + 1) == sympy.true and condition.subs(symbol, 10**9) == sympy.true
+
+
+def _flags_by_analogy(graph, main, notes):
+    """Training flags of a call that was run in eval mode alone, from the main graph's nodes of the same module, op and place."""
+    from .align import named_arguments, set_argument
+    from .graph import select
+
+    def keyed(nodes):
+        counter = Counter()
+        for node in nodes:
+            if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+                key = node.meta.get("path", ""), node.target
+                yield (*key, counter[key]), node
+                counter[key] += 1
+
+    known = dict(keyed(main.fx.nodes))
+    for key, node in list(keyed(graph.nodes)):
+        twin = known.get(key)
+        if twin is None:
             continue
-        else:
-            m = g.node_copy(n, lambda a: env[a])
-        stack = n.meta.get("nn_module_stack") or {}
-        m.meta = {"val": n.meta.get("val"), "path": list(stack.values())[-1][0].split("@")[0] if stack else "", "source": n.meta.get("stack_trace")}
-        env[n] = m
-    for n in reversed(list(g.nodes)):
-        if n.op in ("call_function", "get_attr") and not n.users and not (isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable):
-            g.erase_node(n)
-    ph = [n.name for n in g.nodes if n.op == "placeholder"]
-    blocks = ()
-    for name, m in model.named_modules():
-        if isinstance(m, torch.nn.ModuleList) and len(m) > 0 and not any(name.startswith(b + ".") for b in blocks):
-            blocks += tuple(f"{name}.{i}" for i in range(len(m)))
-    out = Graph(g, root, inputs=tuple(ph), outputs=tuple(f"out{i}" for i in range(len(sig.user_outputs))), blocks=blocks)
-    return out
+        for name, value in named_arguments(twin).items():
+            is_flag = isinstance(value, fx.Node) and value.op == "get_attr" and value.target.endswith("training")
+            chosen = isinstance(value, fx.Node) and value.target is select
+            if not is_flag and not chosen:
+                continue
+            flag = value if is_flag else value.args[0]
+            with graph.inserting_before(node):
+                read = graph.create_node("get_attr", flag.target)
+                read.meta = {**{k: node.meta[k] for k in ("path", "call", "source") if k in node.meta}, "val": False}
+                if chosen:
+                    read = graph.call_function(select, (read, value.args[1], value.args[2]))
+                    read.meta = {**{k: node.meta[k] for k in ("path", "call", "source") if k in node.meta}, "val": value.args[2]}
+            set_argument(node, name, read)
+
+
+def _blocks(model, called):
+    """The repeated modules: members of a ModuleList or Sequential that share a class, hold parameters and ran as modules; outermost only."""
+    blocks = []
+    for name, parent in model.named_modules():
+        if not isinstance(parent, (nn.ModuleList, nn.Sequential)) or any(name == block or name.startswith(block + ".") for block in blocks):
+            continue
+        kinds = Counter(type(child) for child in parent.children())
+        for key, child in parent.named_children():
+            path = f"{name}.{key}" if name else key
+            if kinds[type(child)] > 1 and path in called and next(child.parameters(), None) is not None:
+                blocks.append(path)
+    return tuple(blocks)
+
+
+def fx_in_order(graph):
+    """A plain fx.Graph with readable names: one get_attr per path (right before its first use), placeholders named after their leaves."""
+    made, env, read = fx.Graph(), {}, {}
+    uses = {}
+    for node in graph.nodes:
+        for source in node.all_input_nodes:
+            uses.setdefault(source, node)
+
+    def get(source):
+        if source.op == "get_attr" and source not in env:
+            if source.target not in read:
+                read[source.target] = made.create_node("get_attr", source.target)
+                read[source.target].meta = _meta(source)
+            env[source] = read[source.target]
+        return env[source]
+
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            continue
+        if node.op == "placeholder":
+            env[node] = made.placeholder(node.meta["leaf"].replace(".", "_"))
+            env[node].meta = _meta(node) | {"leaf": node.meta["leaf"], "path": ""}
+            continue
+        env[node] = made.node_copy(node, get)
+        env[node].meta = _meta(node)
+    return made
+
+
+def _meta(node):
+    return {key: node.meta[key] for key in ("val", "path", "call", "source") if key in node.meta}

@@ -1,0 +1,388 @@
+"""One run of a model on fake tensors, written down as a flat graph of ATen ops.
+
+    model(**fakes)  -->  placeholder · get_attr · call_function · call_module · output
+
+The loop is torch's own pre-dispatch proxy tracing, as `torch.export` uses it, without its passes over the program: symbols are named
+before tracing (one per named dimension, sums included), modules that stay one call are left out while the rest is traced, and every
+condition on a size that was asked is kept with the place that asked.
+"""
+
+import contextlib
+import operator
+import random
+import sys
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy
+import sympy
+import torch
+from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.source import ConstantSource
+from torch._export.non_strict_utils import _NonStrictTorchFunctionHandler, _override_builtin_ops
+from torch._export.utils import _compiling_state_context
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental import _config as shapes_config
+from torch.fx.experimental.proxy_tensor import (
+    PreDispatchTorchFunctionMode,
+    ProxyTorchDispatchMode,
+    PythonKeyTracer,
+    TorchFunctionMetadataMode,
+    _ProxyTensor,
+    disable_autocast_cache,
+    disable_proxy_modes_tracing,
+    fake_signature,
+    get_proxy_slot,
+    maybe_disable_thunkify,
+    set_proxy_slot,
+    snapshot_fake,
+    wrap_key,
+)
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils import _pytree as pytree
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.value_ranges import ValueRanges
+
+from .graph import attribute
+from .leaves import leaves, rebuild
+
+aten = torch.ops.aten
+_CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default, aten.contiguous.default}
+_PRE_DISPATCH = torch._C.DispatchKeySet(torch._C.DispatchKey.PreDispatch)
+_LIBRARY = torch.__path__[0]
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A condition on sizes that the run took for true: the modules at work, the line of the model's code, and whether it was torch's
+    own arithmetic on fake tensors that asked (it then decides about strides and broadcasting, never about which op runs)."""
+
+    condition: sympy.Basic
+    stack: tuple[str, ...]
+    place: str
+    torch_asked: bool
+
+
+@dataclass
+class Trace:
+    """What one run gave. `constants`: path → tensor made while tracing; `tree`: how the outputs are put together; `symbols`: name →
+    sympy symbol; `hints`: symbol → its size in the example; `replacements`: what tracing put in a symbol's place; `called`: the paths of the modules that ran."""
+
+    graph: fx.Graph
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    tree: object
+    constants: dict[str, torch.Tensor]
+    guards: list[Guard]
+    symbols: dict[str, sympy.Symbol]
+    hints: dict[sympy.Symbol, int]
+    replacements: dict[sympy.Symbol, sympy.Expr]
+    called: set[str]
+
+
+class CannotTrace(Exception):
+    """Tracing failed: `path` is the innermost module at work, `stack` all of them, the cause is chained."""
+
+    def __init__(self, stack, cause):
+        self.stack = tuple(stack)
+        self.reason = f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause).strip() else 'no message'}"
+        super().__init__(f"{self.stack[-1] if self.stack else 'the model'}: {self.reason}")
+
+
+def source_line():
+    """The line of the model's own code that is running, as text; None outside of it."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith((_LIBRARY, __file__, "<")) and "/rewrite/" not in name:
+            return f"{name}:{frame.f_lineno}, in {frame.f_code.co_name}"
+        frame = frame.f_back
+    return ""
+
+
+_ASKING = ("symbolic_shapes.py", "sym_node.py", "recording.py", "proxy_tensor.py", "torch/__init__.py", "rewrite/trace.py", "functools.py", "contextlib.py", "_traceback.py")
+
+
+def _asked_by_torch():
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_filename.endswith(_ASKING):
+        frame = frame.f_back
+    return frame.f_code.co_filename.startswith(_LIBRARY)
+
+
+class Symbols:
+    """The sizes of the example, made symbols: "batch" and "length" are at least 1, everything else at least 0."""
+
+    def __init__(self, fake_mode, least):
+        self.env, self.known, self.least = fake_mode.shape_env, {}, least
+
+    def size(self, name, hint):
+        """The SymInt of a name or of a sum of names ("past+length"); a new name takes the hint as its example."""
+        if "+" in name:
+            parts = [part.strip() for part in name.split("+")]
+            return sum((self.size(part, None) for part in parts[1:]), self.size(parts[0], None))
+        if name in self.known:
+            return self.known[name]
+        if hint is None:
+            raise KeyError(f"{name}: no dimension of its own gives this symbol a value")
+        least = 0 if name.startswith("past") else 1
+        hint = least if self.least else hint
+        symbol = self.env.create_symbol(
+            hint, ConstantSource(name), dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None, positive=True if least else None, do_not_specialize_zero_one=True
+        )
+        self.env.var_to_range[symbol] = ValueRanges(least, int_oo)
+        if not self.least:
+            self.env.size_like.add(symbol)
+        self.known[name] = self.env.create_symintnode(symbol, hint=hint, source=ConstantSource(name))
+        return self.known[name]
+
+
+def fake_inputs(fake_mode, names, tensors, dims, cast, least):
+    """Fake tensors of the shapes of `tensors`, their dims (leaf name → {dim: symbol}) made symbols → (fakes, {name: SymInt})."""
+    symbols = Symbols(fake_mode, least)
+    for name, tensor in zip(names, tensors):
+        for dim, symbol in dims.get(name, {}).items():
+            if "+" not in symbol:
+                symbols.size(symbol, tensor.shape[dim])
+    fakes = []
+    for name, tensor in zip(names, tensors):
+        named = dims.get(name, {})
+        shape = [symbols.size(named[dim], size) if dim in named else size for dim, size in enumerate(tensor.shape)]
+        with fake_mode:
+            fakes.append(torch.empty(shape, dtype=cast(tensor.dtype), device=_device(tensor)))
+    return fakes, symbols.known
+
+
+def _device(tensor):
+    return torch.device("cpu") if tensor.device.type == "meta" else tensor.device
+
+
+class Shapes(ShapeEnv):
+    """A ShapeEnv that remembers which module and which line asked for a condition on a size."""
+
+    asked, tracer = None, None
+
+    def _log_guard(self, prefix, guard, forcing_spec):
+        if self.asked is not None and not self._suppress_guards_tls():
+            self.asked.append(Guard(guard, tuple(path for path, _ in self.tracer.stack), source_line(), _asked_by_torch()))
+        return super()._log_guard(prefix, guard, forcing_spec)
+
+
+class Casts(ProxyTorchDispatchMode):
+    """A cast that changes nothing returns its own input, and a later use of the input would read the cast: give it a tensor of its own.
+
+    In another dtype the cast is real, and the two values differ.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func not in _CASTS or not isinstance(args[0], torch.Tensor):
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        value = args[0]
+        before = get_proxy_slot(value, self.tracer, None)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if result is not value or before is None:
+            return result
+        after = get_proxy_slot(value, self.tracer)
+        with disable_proxy_modes_tracing(), torch._C._ExcludeDispatchKeyGuard(_PRE_DISPATCH):
+            fresh = value.view_as(value)
+        set_proxy_slot(value, self.tracer, before)
+        set_proxy_slot(fresh, self.tracer, after)
+        return fresh
+
+
+class Tracer(PythonKeyTracer):
+    """Writes nodes with the module they come from; tensors of the tree become `get_attr` by path, everything else stays a fake."""
+
+    def __init__(self, tree, paths, leaf_paths):
+        super().__init__()
+        self.paths = {module: path for path, module in tree.named_modules()}
+        self.tensors = paths
+        self.opaque = leaf_paths
+        self.calls, self.stack, self.constants, self.called = Counter(), [], {}, set()
+        self.made, self._constant_nodes = Counter(), {}
+        self.failed = None
+
+    def create_node(self, kind, target, args, kwargs, name=None, type_expr=None):
+        make = self.graph if kind == "get_attr" else super()
+        node = make.create_node(kind, target, args, kwargs, name, type_expr)
+        path, call = self.stack[-1] if self.stack else ("", 0)
+        node.meta.update(path=path, source=source_line())
+        if call:
+            node.meta["call"] = call
+        return node
+
+    def proxy_of(self, fake):
+        """The proxy of a fake tensor of the tree, its `get_attr` written at first use."""
+        path = self.tensors[id(fake)]
+        node = self.create_node("get_attr", path, (), {})
+        node.meta.update(val=snapshot_fake(fake), path=path.rpartition(".")[0])
+        node.meta.pop("call", None)
+        proxy = _ProxyTensor(fx.Proxy(node, self), None)
+        set_proxy_slot(fake, self, proxy)
+        return proxy
+
+    def getattr(self, attr, value, cache):
+        if isinstance(value, torch.Tensor) and id(value) in self.tensors and get_proxy_slot(value, self, None) is None:
+            self.proxy_of(value)
+        return value
+
+    def create_arg(self, value):
+        if isinstance(value, torch.Tensor):
+            if id(value) in self.tensors:
+                return (get_proxy_slot(value, self, None) or self.proxy_of(value)).proxy.node
+            return self.constant(value)
+        return super().create_arg(value)
+
+    def constant(self, value):
+        """A tensor that the model's code made out of nothing, or holds without registering it."""
+        if isinstance(value, FakeTensor):
+            raise RuntimeError("a tensor of another trace, or one that no module of the model holds, is used here")
+        for path, tensor in self.constants.items():
+            if tensor is value:
+                return self._constant_nodes[path]
+        owner = self.stack[-1][0] if self.stack else ""
+        path = f"{owner}.constant_{self.made[owner]}" if owner else f"constant_{self.made[owner]}"
+        self.made[owner] += 1
+        self.constants[path] = value
+        node = self.create_node("get_attr", path, (), {})
+        self._constant_nodes[path] = node
+        return node
+
+    def call_module(self, module, forward, args, kwargs):
+        path = self.paths.get(module)
+        if path is None:
+            return forward(*args, **kwargs)
+        if path in self.opaque:
+            return self.opaque[path](self, module, path, args, kwargs)
+        call = self.calls[path]
+        self.calls[path] += 1
+        self.stack.append((path, call))
+        self.called.add(path)
+        try:
+            return forward(*args, **kwargs)
+        except Exception:
+            if self.failed is None:
+                self.failed = [entry[0] for entry in self.stack]
+            raise
+        finally:
+            self.stack.pop()
+
+
+@contextlib.contextmanager
+def own_randomness(seed):
+    """Seeds of its own for torch, numpy and random inside; the caller's state comes back untouched."""
+    states = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        numpy.random.seed(seed)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            numpy.random.set_state(states[1])
+
+
+@contextlib.contextmanager
+def export_patches(model):
+    """What transformers itself replaces while it exports one of its models, for files that are imported already."""
+    if not hasattr(model, "config"):
+        yield
+        return
+    from transformers.exporters import exporter_dynamo  # noqa: F401  (registers the patches)
+    from transformers.exporters.utils import _PATCHES, patch_attributes
+
+    found = []
+    for path, name, factory in _PATCHES.get("dynamo", ()):
+        parts = path.split(".")
+        depth = next((k for k in range(len(parts), 0, -1) if ".".join(parts[:k]) in sys.modules), 0)
+        owner = sys.modules.get(".".join(parts[:depth]))
+        for part in parts[depth:]:
+            owner = vars(owner).get(part) if owner is not None else None
+        if owner is not None and name in vars(owner):
+            found.append((owner, name, factory))
+    with patch_attributes(found):
+        yield
+
+
+def fake_tree(model, fake_mode, cast):
+    """Shallow clones of a model's modules that hold fake tensors (`cast`: dtype → dtype) → (tree, {id(fake): path})."""
+    from .graph import _shallow
+
+    fakes, paths, modules = {}, {}, {}
+
+    def tensor(value, path):
+        if value is None:
+            return None
+        if id(value) not in fakes:
+            with fake_mode:
+                fake = torch.empty_strided(value.shape, value.stride(), dtype=cast(value.dtype), device=_device(value))
+                fakes[id(value)] = nn.Parameter(fake, False) if isinstance(value, nn.Parameter) else fake
+            paths[id(fakes[id(value)])] = path
+        return fakes[id(value)]
+
+    def visit(module, path):
+        if id(module) in modules:
+            return modules[id(module)]
+        twin = modules[id(module)] = _shallow(module)
+        at = path + "." if path else ""
+        for held in ("_parameters", "_buffers"):
+            for name, value in getattr(module, held).items():
+                getattr(twin, held)[name] = tensor(value, at + name)
+        for name, child in module._modules.items():
+            twin._modules[name] = None if child is None else visit(child, at + name)
+        return twin
+
+    return visit(model, ""), paths
+
+
+def trace(model, variant, *, training=False, cast=lambda dtype: dtype, seed=0, least=False, opaque=None):
+    """Run `variant`'s call on fake tensors and write it down.
+
+    training: the mode of every module. cast: dtype → dtype of all tensors of the model and of the inputs (twin captures).
+    least: every symbol takes its least size as its example. seed: of torch, numpy and random while tracing. opaque: path → function(tracer, module, path, args, kwargs) for modules that
+    stay one call. Raises CannotTrace with the modules at work. The model is not touched.
+    """
+    with torch._functorch.config.patch(fake_tensor_allow_unsafe_data_ptr_access=False):
+        env = Shapes(tracked_fakes=[], trace_asserts=True)
+        fake_mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True, export=True)
+    fake_mode.cache_enabled = False
+    tree, paths = fake_tree(model, fake_mode, cast)
+    for module in tree.modules():
+        module.__dict__["training"] = training
+        if module.__dict__.get("gradient_checkpointing"):
+            module.__dict__["gradient_checkpointing"] = False
+    names, tensors, spec = leaves(variant.kwargs)
+    with shapes_config.patch(backed_size_oblivious=not least):
+        fakes, sizes = fake_inputs(fake_mode, names, tensors, variant.dims, cast, least)
+        tracer = Tracer(tree, paths, opaque or {})
+        env.tracer, env.asked = tracer, []
+        owner = attribute(tree, variant.owner)
+        found = {}
+
+        def run(*values):
+            with maybe_disable_thunkify():
+                result = owner(**rebuild(spec, values))
+                found["names"], flat, found["tree"] = leaves(result, {id(value): name for value, name in zip(values, names)})
+            return tuple(flat)
+
+        mode = Casts(tracer, "real", decomposition_table={aten.sym_numel.default: torch._decomp.decompositions.sym_numel}, pre_dispatch=True, _allow_fake_constant=False, _error_on_data_dependent_ops=True)
+        holes = tuple(fx._symbolic_trace.PH for _ in fakes)
+        with contextlib.ExitStack() as stack:
+            for context in (
+                own_randomness(seed), torch.enable_grad(), export_patches(model), fake_mode, _NonStrictTorchFunctionHandler(), tracing(TracingContext(fake_mode)),
+                _override_builtin_ops(), _compiling_state_context(), enable_python_dispatcher(), PreDispatchTorchFunctionMode(tracer),
+                TorchFunctionMetadataMode(tracer), mode, disable_autocast_cache(),
+            ):  # fmt: skip
+                stack.enter_context(context)
+            try:
+                graph = tracer.trace(wrap_key(fake_signature(run, len(fakes)), tuple(fakes), tracer, True), concrete_args=holes)
+            except Exception as error:
+                raise CannotTrace(tracer.failed or [], error) from error
+    for node, name in zip([n for n in graph.nodes if n.op == "placeholder"], names):
+        node.meta["leaf"] = name
+    symbols = {name: size.node._expr for name, size in sizes.items()}
+    hints = {size.node._expr: int(size.node.hint) for size in sizes.values()}
+    return Trace(graph, names, found["names"], found["tree"], tracer.constants, env.asked, symbols, hints, dict(env.replacements), tracer.called)
