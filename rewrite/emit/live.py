@@ -84,6 +84,12 @@ def refuse_hooks(model):
 
 
 @dataclass(frozen=True)
+class PlainCall:
+    name: str
+    values: list
+
+
+@dataclass(frozen=True)
 class Plain:
     """How a graph without a signature of its own is called: its inputs by name or in order; one output comes back bare."""
 
@@ -95,7 +101,7 @@ class Plain:
         missing = [name for name in self.inputs if name not in given]
         if missing or len(given) != len(self.inputs):
             raise Refused(f"this graph takes {', '.join(self.inputs)}; {'missing: ' + ', '.join(missing) if missing else 'got ' + ', '.join(given)}.")
-        return self.name, [given[name] for name in self.inputs]
+        return PlainCall(self.name, [given[name] for name in self.inputs])
 
     def pack(self, live, call, flat):
         return flat[0] if len(flat) == 1 else flat
@@ -116,7 +122,7 @@ def compiled(text):
     """The function `forward` of a source text; equal texts give one function, so that equal blocks share one code object."""
     name = f"<rewrite {hashlib.sha256(text.encode()).hexdigest()[:12]}>"
     linecache.cache[name] = (len(text), None, text.splitlines(True), name)
-    space = {"__name__": "rewrite.emit.printed"}
+    space = {}  # no __name__: torch.compile would import a module by it
     exec(compile(text, name, "exec"), space)
     return space["forward"]
 
@@ -147,8 +153,9 @@ def _block_forward(bodies):
 
 def _top_forward(base, bodies):
     def forward(self, *args, **kwargs):
-        name, values = call = self._signature.bind(self, args, kwargs)
-        return self._signature.pack(self, call, bodies[name](self, *values))
+        signature = self._signature
+        call = signature.bind(self, args, kwargs)
+        return signature.pack(self, call, bodies[call.name](self, *call.values))
 
     forward.__signature__ = inspect.signature(base.forward)
     forward.__doc__ = base.forward.__doc__

@@ -118,13 +118,21 @@ class _Cut:
                 memo[path] = next((p for i in range(1, len(parts) + 1) if (p := ".".join(parts[:i])) in blocks), None)
             return memo[path]
 
-        home = {}
+        home, calls = {}, {}
         for node in self.nodes:
             path = node.target if node.op == "call_module" else node.meta.get("path", "")
             block = block_of(path) if path else None
-            if block is not None and node.op == "call_module" and path == block:
-                block = None  # an opaque block is called as it stands
-            home[node] = None if block is None or node in self.top_sizes else (block, node.meta.get("call", 0))
+            if block is None or node in self.top_sizes or (node.op == "call_module" and path == block):  # an opaque block is called as it stands
+                home[node] = None
+                continue
+            home[node] = block
+            times = calls.setdefault(block, {})
+            times[path] = max(times.get(path, 0), node.meta.get("call", 0) + 1)
+        for node, block in home.items():
+            if block is not None:
+                path = node.target if node.op == "call_module" else node.meta.get("path", "")
+                per_call = calls[block][path] // min(calls[block].values())  # a module inside may be called several times per call of the block
+                home[node] = (block, node.meta.get("call", 0) // per_call)
         for node in self.nodes:  # an element stays with its list
             if node.target is operator.getitem and node.args[0] in home:
                 home[node] = home[node.args[0]]

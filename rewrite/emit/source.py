@@ -10,13 +10,14 @@ import math
 import operator
 import re
 import types
+from collections import Counter
 from functools import lru_cache
 
 import torch
 from torch import fx, nn
 
 from ..graph import HOST, attribute, count, device_of, dtype_of, least, select
-from .outline import Piece
+from .outline import Piece, is_size
 
 INFIX = {
     "add.Tensor": "+", "sub.Tensor": "-", "mul.Tensor": "*", "div.Tensor": "/", "matmul.default": "@",
@@ -62,7 +63,7 @@ def top_source(outline, root, name, owner="", bodies=None):
 
 def block_source(piece, root):
     """The source of a block: `forward(self, hidden state, …)`; `root` is the block's module. Equal blocks give equal text."""
-    result = piece.outputs if len(piece.outputs) != 1 else piece.outputs[0]
+    result = tuple(piece.outputs) if len(piece.outputs) != 1 else piece.outputs[0]
     return _Writer(piece.inputs, piece.nodes, piece.sizes, root, piece.path).source(type(root).__name__, result)
 
 
@@ -87,6 +88,7 @@ class _Writer:
             stem = "x" if i == 0 and not is_top else re.sub(r"_?\d+", "", node.name) if not is_top else node.name
             self.names[node] = self.fresh(stem)
         parameters = [self.names[n] for n in self.inputs]
+        self.plan()
         self.count_reads()
         place = None
         for i, step in enumerate(self.steps):
@@ -161,17 +163,16 @@ class _Writer:
 
     def count_reads(self):
         """How often each module on the way to a tensor or a called module is read, and by how many different names."""
-        self.reads = {}
+        self.visits = {}
         targets = []
-        for step in self.steps:
+        for i, step in enumerate(self.steps):
             if isinstance(step, Piece) or step.op == "call_module":
                 targets.append((step.path if isinstance(step, Piece) else step.target, True))
-            sources = step.inputs if isinstance(step, Piece) else step.all_input_nodes
-            targets += [(a.target, False) for a in sources if a.op == "get_attr" and a not in self.names]
+            targets += [(a.target, False) for a in self.reads[i] if a.op == "get_attr" and a not in self.names]
         for target, is_module in targets:
             parts = self.relative(target).split(".")
             for i in range(1, len(parts) + is_module):
-                self.reads.setdefault(tuple(parts[:i]), []).append(tuple(parts[: i + 1]))
+                self.visits.setdefault(tuple(parts[:i]), []).append(tuple(parts[: i + 1]))
 
     def relative(self, path):
         """A path as seen from this function's module; a tensor outside of it by a tied name, else through the whole model."""
@@ -193,7 +194,7 @@ class _Writer:
                 module, text = self.whole, "self._whole[0]"
             if key in self.modules:
                 text = self.modules[key]
-            elif len(set(self.reads.get(key, ()))) > 1 or (len(self.reads.get(key, ())) > 1 and i == len(parts) - 2):
+            elif len(set(self.visits.get(key, ()))) > 1 or (len(self.visits.get(key, ())) > 1 and i == len(parts) - 2):
                 self.modules[key] = self.fresh(part if part.isidentifier() else f"{parts[i - 1] if i else 'module'}_{part}")
                 self.lines.append(f"{self.modules[key]} = {text}")
                 text = self.modules[key]
@@ -231,11 +232,13 @@ class _Writer:
     def of_node(self, node):
         if node in self.names:
             return self.names[node]
+        if node in self.inline:
+            return self.call(node)
         if node in self.sizes:
             source, dim = self.sizes[node]
             shared = f"{self.names[source]}.shape[{dim}]"
             key = (source, dim)
-            if self.size_uses().get(key, 0) < 2:
+            if self.uses[key] < 2:
                 return shared
             name = self.names.get(key)
             if name is None:
@@ -244,39 +247,40 @@ class _Writer:
             return name
         if node.op == "get_attr":
             text = self.read(node.target)
-            if self.uses(node) < 2:
+            if self.uses[node] < 2:
                 return text
             name = self.names[node] = self.fresh(node.target.rsplit(".", 1)[-1])
             self.lines.append(f"{name} = {text}")
             return name
         raise LookupError(f"%{node.name} is used before it is made")
 
-    def usage(self):
-        if not hasattr(self, "_usage"):
-            self._usage, self._last = {}, {}
-            for i, step in enumerate([*self.steps, self.result]):
-                sources = step.inputs if isinstance(step, Piece) else step.all_input_nodes if isinstance(step, fx.Node) and i < len(self.steps) else _nodes_in(step)
-                for a in sources:
-                    self._usage[a] = self._usage.get(a, 0) + 1
-                    self._last[a] = i
-                    if a in self.sizes:
-                        key = self.sizes[a]
-                        self._usage[key] = self._usage.get(key, 0) + 1
-                        self._last[key[0]] = i
-        return self._usage
+    def plan(self):
+        """What each step reads, how often each value is read and where last; host values read once are written where they are used."""
+        raw = [*(s.inputs if isinstance(s, Piece) else s.all_input_nodes for s in self.steps), _nodes_in(self.result)]
+        times = Counter(a for sources in raw for a in sources)
+        self.inline = {s for s in self.steps if isinstance(s, fx.Node) and _is_host(s) and times[s] == 1 and s not in raw[-1]}
 
-    def uses(self, node):
-        return self.usage().get(node, 0)
+        def expand(node):
+            if node not in self.inline:
+                return [node]
+            return [a for source in node.all_input_nodes for a in expand(source)]
 
-    def size_uses(self):
-        return self.usage()
+        kept = [i for i, s in enumerate(self.steps) if s not in self.inline]
+        self.steps = [self.steps[i] for i in kept]
+        self.reads = [[a for source in sources for a in expand(source)] for sources in [*(raw[i] for i in kept), raw[-1]]]
+        self.uses, self.last = Counter(), {}
+        for i, sources in enumerate(self.reads):
+            for a in sources:
+                self.uses[a] += 1
+                self.last[a] = i
+                if a in self.sizes:
+                    self.uses[self.sizes[a]] += 1
+                    self.last[self.sizes[a][0]] = i
 
     def release(self, i):
         """Let go of tensors after their last use: a step holds no more memory than the original's inner scopes."""
-        self.usage()
-        step = self.steps[i]
-        sources = step.inputs if isinstance(step, Piece) else step.all_input_nodes
-        dead = [a for a in dict.fromkeys(sources) if self._last.get(a) == i and a in self.names and isinstance(a.meta.get("val"), torch.Tensor) and a.op != "get_attr"]
+        sources = [self.sizes[a][0] if a in self.sizes else a for a in self.reads[i]]
+        dead = [a for a in dict.fromkeys(sources) if self.last[a] == i and a in self.names and isinstance(a.meta.get("val"), torch.Tensor) and a.op != "get_attr"]
         if dead:
             self.lines[-1] += f"; del {', '.join(self.names[a] for a in dead)}"
 
@@ -319,7 +323,7 @@ class _Writer:
         kind, text = self.call_form(node)
         args, kwargs = node.args, {k: v for k, v in node.kwargs.items() if not (v is None or (k == "pin_memory" and v is False) or (k == "layout" and v is torch.strided))}
         if kind == "infix":
-            return f"{self.value(args[0])} {text} {self.value(args[1])}"
+            return f"{self.operand(args[0])} {text} {self.operand(args[1])}"
         if kind == "method":
             if len(args) == 2 and isinstance(args[1], (list, tuple)) and not kwargs and text in ("view", "reshape", "expand", "permute", "repeat"):
                 args = (args[0], *args[1])
@@ -329,12 +333,16 @@ class _Writer:
     def arguments(self, args, kwargs):
         return ", ".join([*map(self.value, args), *(f"{k}={self.value(v)}" for k, v in kwargs.items())])
 
+    def operand(self, arg):
+        text = self.value(arg)
+        return f"({text})" if " " in text and isinstance(arg, fx.Node) else text
+
     def call_host(self, node):
         target, args = node.target, node.args
         if target is operator.getitem:
             return f"{self.value(args[0])}[{self.value(args[1])}]"
         if target is select:
-            return f"{self.value(args[1])} if {self.value(args[0])} else {self.value(args[2])}"
+            return f"{self.operand(args[1])} if {self.operand(args[0])} else {self.operand(args[2])}"
         if target is dtype_of or target is device_of:
             return f"{self.value(args[0])}.{'dtype' if target is dtype_of else 'device'}"
         if target is least:
@@ -342,11 +350,11 @@ class _Writer:
         if target is count:
             return f"{self.value(args[1])}.add_(1) if {self.value(args[0])} else None"
         if target in HOST_INFIX:
-            return f"{self.value(args[0])} {HOST_INFIX[target]} {self.value(args[1])}"
+            return f"{self.operand(args[0])} {HOST_INFIX[target]} {self.operand(args[1])}"
         if target is operator.neg:
-            return f"-{self.value(args[0])}"
+            return f"-{self.operand(args[0])}"
         if target is operator.not_:
-            return f"not {self.value(args[0])}"
+            return f"not {self.operand(args[0])}"
         if target in (max, min):
             return f"{target.__name__}({self.arguments(args, node.kwargs)})"
         return f"{self.bound(node)}({self.arguments(args, node.kwargs)})"
@@ -371,6 +379,11 @@ def _nodes_in(value):
     found = []
     fx.node.map_arg(value, found.append)
     return found
+
+
+def _is_host(node):
+    """True for what is read or reckoned without touching a tensor's values."""
+    return node.target in (select, dtype_of, device_of, least) or (node.target in HOST and is_size(node))
 
 
 def _stem(node):
