@@ -1,4 +1,329 @@
-"""How a model is called: each later call finds its graph, its inputs and what it returns (`Signature`)."""
+"""How a model is called: each call finds its graph and its flat inputs (`bind`), and gets back what the original returns (`pack`).
 
-from .leaves import Tree, leaves, rebuild  # noqa: F401  (the way in and out of a trace)
-from .variants import Variant, variants  # noqa: F401
+    live(input_ids=…, past_key_values=cache)  -->  Call("past", [ids, mask, positions, k0, v0, …])
+    [logits, k0, v0, …]                       -->  CausalLMOutputWithPast(logits=…, past_key_values=cache)
+
+What a graph cannot do is refused in words before anything runs. A `Signature` holds no tensor and no module; it can be pickled and
+copied, and torch.compile traces through it.
+
+Where it differs from the original: a call with labels, or in training mode, returns no cache unless it says `use_cache=True`; caches
+are kept at full length where the model attends through a sliding window (the mask does the window); `logits_to_keep` takes its rows
+after the head.
+"""
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+
+from . import caches
+from .errors import Refused
+from .graph import attribute
+from .leaves import Tree, leaves, rebuild
+from .slots import CACHE, Check, Slot, checks_of, slots_of
+from .variants import Variant, is_hugging_face, variants
+
+__all__ = ["Call", "Signature", "Variant", "leaves", "rebuild", "sign", "variants"]
+
+FLAGS = frozenset({"use_cache", "return_dict", "logits_to_keep", "output_hidden_states", "output_attentions", "cache_position"})
+LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")
+REASONS = {
+    "inputs_embeds": "was not captured: the graph begins at the ids, the embedding is part of it. Hand over input_ids",
+    "decoder_inputs_embeds": "was not captured: the graph begins at the ids, the embedding is part of it. Hand over decoder_input_ids",
+    "position_ids": "was not captured: this model makes its positions itself. Leave it out",
+    "return_loss": "asks for a loss that was not captured. Compute it from the logits",
+}
+NEXT = "was not captured. Leave it out, or capture again with an example that has it: example={…}"
+
+
+class Call:
+    """One call on its way: `name` of the graph, `values` its flat inputs; the rest is for `pack`."""
+
+    __slots__ = ("name", "values", "given", "cache", "sizes")
+
+    def __init__(self, name, values, given, cache, sizes):
+        self.name, self.values, self.given, self.cache, self.sizes = name, values, given, cache, sizes
+
+    def __iter__(self):
+        return iter((self.name, self.values))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One graph as it is entered and left.
+
+    own, cross: the layers of its cache. keeps: it returns a cache. fields: (name, Tree, first leaf, leaf behind the last) of each
+    thing that it returns; empty where it returns no ModelOutput. handed: the names of inputs that are outputs as they are.
+    """
+
+    name: str
+    slots: tuple[Slot, ...]
+    names: frozenset[str]
+    constants: dict[str, object]
+    own: caches.Layers | None
+    cross: caches.Layers | None
+    keeps: bool
+    checks: tuple[Check, ...]
+    words: dict[str, str]
+    tree: Tree
+    fields: tuple[tuple[str, Tree, int, int], ...]
+    handed: tuple[str, ...]
+    inputs: tuple[str, ...]
+
+    @classmethod
+    def of(cls, graph, variant, tree):
+        slots, found, words = slots_of(graph, variant)
+        both = any(name.startswith(f"{CACHE}.self.") for name in (*graph.inputs, *graph.outputs))
+        fields, place = [], 0
+        if tree.kind == "output":
+            for name, child in zip(tree.names, tree.children):
+                fields.append((name, child, place, place + _count(child)))
+                place += _count(child)
+        return cls(
+            variant.name,
+            slots,
+            frozenset(slot.name for slot in slots) | {CACHE if variant.kwargs.get(CACHE) is not None else ""},
+            {name: value for name, value in variant.kwargs.items() if isinstance(value, (bool, int, float, str)) and name not in FLAGS},
+            caches.layers_of(found, f"{CACHE}.self." if both else f"{CACHE}."),
+            caches.layers_of(found, f"{CACHE}.cross."),
+            CACHE in tree.names,
+            checks_of(graph, words),
+            words,
+            tree,
+            tuple(fields),
+            tuple(_handed(tree)),
+            tuple(graph.inputs),
+        )
+
+
+@dataclass(eq=False)
+class Signature:
+    """The calls of one module (the whole model, or its encoder) and the graphs that serve them. Made by `sign`."""
+
+    what: str
+    names: tuple[str, ...]
+    is_open: bool
+    fixed: dict[str, object]
+    entries: dict[str, Entry]
+    hugging_face: bool
+    caching: bool
+    encoder: str | None
+    encodes: tuple[str, ...]
+    labels: tuple[str, ...]
+    loss: object
+    ignored: tuple[str, ...]
+
+    @classmethod
+    def of(cls, model, graphs, variants, trees, owner=""):
+        """The signature of the module at the path `owner`.
+
+        graphs: {variant name: Graph}, placeholders with fake values in the order of `Graph.inputs`. variants: the list that was
+        captured. trees: {variant name: Tree of what it returns}, from `leaves(output, known)` in the trace.
+        """
+        module = attribute(model, owner)
+        own = [v for v in variants if v.owner == owner and v.name in graphs]
+        encoder = next((v for v in variants if v.name == "encoder" and v.name in graphs and not owner), None)
+        parameters = inspect.signature(module.forward).parameters
+        return cls(
+            what=type(module).__name__,
+            names=tuple(n for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)),
+            is_open=any(p.kind is p.VAR_KEYWORD for p in parameters.values()),
+            fixed={n: p.default for n, p in parameters.items() if isinstance(p.default, (bool, int, float, str))},
+            entries={v.name: Entry.of(graphs[v.name], v, trees[v.name]) for v in own},
+            hugging_face=is_hugging_face(module),
+            caching="use_cache" in parameters and is_hugging_face(module) and module.can_generate(),
+            encoder=encoder and encoder.owner,
+            encodes=tuple(encoder.kwargs) if encoder else (),
+            labels=own[0].labels,
+            loss=own[0].loss,
+            ignored=own[0].ignored,
+        )
+
+    # ---- in
+
+    def bind(self, live, args, kwargs):
+        """The Call of these arguments. Raises Refused with place, reason and next step, and TypeError where Python would."""
+        given = self._given(args, kwargs)
+        entry = self._choose(live, given)
+        names = entry.names
+        for name in given:
+            if name not in names and given[name] is not None:
+                self._stray(entry, name, given[name])
+        self._refuse_packed(entry, given)
+        sizes, values, late, cache, what = {}, [], [], None, self.what
+        for slot in entry.slots:
+            if slot.name == CACHE:
+                cache = caches.accept(given.get(CACHE), entry.cross is not None, what)
+                values += self._cached(live, entry, cache, values, sizes)
+                continue
+            value = slot.take(given)
+            if value is not None:
+                value = slot.admit(value, sizes, what)
+            if value is None or slot.derived:
+                late.append((len(values), slot))
+            values.append(value)
+        if late:
+            device = next(value for value in values if value is not None).device
+            for place, slot in late:
+                if values[place] is None:
+                    values[place] = slot.make(sizes, device, what)
+                else:
+                    slot.agree(values[place], sizes, what)
+        for check in entry.checks:
+            check.hold(sizes, entry.words, what)
+        if entry.keeps and cache is None:
+            cache = caches.accept(given.get(CACHE), self.encoder is not None, what)
+        return Call(entry.name, values, given, cache, sizes)
+
+    def _given(self, args, kwargs):
+        if not args:
+            return dict(kwargs)
+        if len(args) > len(self.names):
+            raise TypeError(f"{self.what}.forward() takes {len(self.names)} positional arguments but {len(args)} were given")
+        given = dict(zip(self.names, args))
+        for name in kwargs:
+            if name in given:
+                raise TypeError(f"{self.what}.forward() got multiple values for argument '{name}'")
+            given[name] = kwargs[name]
+        return given
+
+    def _choose(self, live, given):
+        """The graph that serves this call; runs the encoder's where its outputs are needed and were not handed over."""
+        main = next(iter(self.entries.values()))
+        if not self.caching:
+            return main
+        cache, wanted = given.get(CACHE), given.get("use_cache")
+        labelled = any(given.get(name) is not None for name in self.labels)
+        if len(self.entries) == 1:
+            if wanted:
+                raise Refused(
+                    f"{self.what}: use_cache=True, but no variant with a cache was captured.\n"
+                    "Call with use_cache=False; generate(use_cache=False) gives the same tokens, only more slowly."
+                )
+            return main
+        if wanted is None:
+            wanted = not labelled and not live.training and getattr(live.config, "use_cache", False)
+        elif wanted and live.training and live.is_gradient_checkpointing:
+            wanted = False  # as the original decides
+        if cache is None and not wanted and given.get("encoder_outputs") is None:
+            return main
+        if labelled and self.loss is None:
+            raise Refused(f"{self.what}: {self.labels[0]} together with a cache, but its loss is part of the graph without one. Leave out the cache, or {self.labels[0]}.")
+        if "past" in self.entries:
+            return self.entries["past"]
+        if given.get("encoder_outputs") is None:
+            encoder = attribute(live, self.encoder)
+            given["encoder_outputs"] = encoder(**{name: given[name] for name in self.encodes if given.get(name) is not None}, return_dict=True)
+        return self.entries["next" if caches.is_filled(cache) else "first"]
+
+    def _stray(self, entry, name, value):
+        """An argument that is no input of the graph: harmless, or refused with the reason."""
+        if name in FLAGS:
+            if value and name == "output_attentions":
+                raise Refused(f"{self.what}: output_attentions=True, but attention weights are no outputs of the captured graph. Ask the original model for them.")
+            return
+        if name in self.labels or name in self.ignored or (self.loss is not None and name in LOSS_ARGUMENTS):
+            return
+        if name in entry.constants and not isinstance(value, torch.Tensor):
+            if entry.constants[name] != value:
+                raise Refused(f"{self.what}: captured with {name}={entry.constants[name]!r}, called with {name}={value!r}. Capture again with an example that says so.")
+            return
+        if not isinstance(value, torch.Tensor) and (value is False or (name in self.fixed and self.fixed[name] == value)):
+            return
+        if name not in self.names and not self.is_open:
+            raise TypeError(f"{self.what}.forward() got an unexpected keyword argument '{name}'")
+        if name == "num_items_in_batch":
+            raise Refused(f"{self.what}: the loss is part of the captured graph and cannot be divided by num_items_in_batch. Leave it out and scale the loss returned.")
+        if name in self.names and any(name in other.names for other in self.entries.values()):
+            return  # an input of the encoder, whose outputs are at hand
+        raise Refused(f"{self.what}: {name} {REASONS.get(name, NEXT)}.")
+
+    def _refuse_packed(self, entry, given):
+        if entry.own is None and "position_ids" in entry.names and given.get("position_ids") is not None and given.get("attention_mask") is None:
+            raise Refused(
+                f"{self.what}: position_ids without attention_mask, by which the original tells sequences packed into one row apart; that was not captured.\n"
+                "Hand over an attention_mask (all ones) if the rows are not packed; unpack them if they are."
+            )
+
+    def _cached(self, live, entry, cache, values, sizes):
+        """The leaves of the cache in the order of the graph; layers of length 0 where it is empty."""
+        own, cross = (cache, None) if entry.cross is None else (cache.self_attention_cache, cache.cross_attention_cache)
+        found = [] if entry.own is None else entry.own.take(own, sizes, self.what)
+        if found is None:
+            found = entry.own.empty(live, values[0].device, sizes)
+        if cross is not None:
+            found += entry.cross.take(cross, sizes, self.what)
+        return found
+
+    # ---- out
+
+    def pack(self, live, call, flat):
+        """What the original returns, from the flat outputs of the graph; the user's cache is brought up to date."""
+        entry, given = self.entries[call.name], call.given
+        handed = {name: call.values[entry.inputs.index(name)] for name in entry.handed if not name.startswith(CACHE)}
+        if not entry.fields or not self.hugging_face:
+            found = rebuild(entry.tree, flat, handed)
+            return found.to_tuple() if entry.fields and given.get("return_dict") is False else found
+        fields, labelled = {}, any(given.get(name) is not None for name in self.labels)
+        for name, tree, start, end in entry.fields:
+            if tree.kind == "tensor":
+                fields[name] = flat[start]
+            elif name == CACHE:
+                caches.store(call.cache, tree, flat, start)
+                fields[name] = call.cache
+            else:
+                fields[name] = rebuild(tree, flat[start:end], handed)
+        if given.get("use_cache") is False and given.get(CACHE) is None:
+            fields.pop(CACHE, None)
+        keep = given.get("logits_to_keep")
+        if keep is not None and not (isinstance(keep, int) and keep == 0):
+            fields["logits"] = self._kept(fields["logits"], keep)
+        if self.loss is not None and labelled:
+            fields["loss"] = self._lose(live, given, fields)
+        elif not labelled:
+            fields.pop("loss", None)
+        output = entry.tree.cls(**fields)
+        tuples = given.get("return_dict")
+        if tuples is None:
+            tuples = getattr(live.config, "return_dict", True)
+        return output if tuples else output.to_tuple()
+
+    def _lose(self, live, given, fields):
+        """The loss as the model itself comes to it, with what the caller adds (`num_items_in_batch`)."""
+        places = {"output": fields, "label": given}
+        read = lambda reference: live.config if reference[0] == "config" else reference[1] if reference[0] == "value" else places[reference[0]][reference[1]]
+        extra = {name: given[name] for name in LOSS_ARGUMENTS if given.get(name) is not None}
+        named = {name: read(reference) for name, reference in self.loss.kwargs}
+        return live.loss_function(*[read(reference) for reference in self.loss.args], **named, **extra)
+
+    def _kept(self, logits, keep):
+        if isinstance(keep, int):
+            return logits[:, -keep:]
+        if keep.dim() == 1:
+            return logits[:, keep]
+        raise Refused(f"{self.what}: logits_to_keep of {keep.dim()} dimensions; the live model takes a number or positions in one dimension.")
+
+
+def sign(model, main, variants, trees):
+    """Give `main` and its variants their signatures: one per module that is called, on every graph of that module.
+
+    main: the Graph named by the first of `variants`, the others in `main.variants`. trees: see `Signature.of`.
+    """
+    graphs = {graph.name: graph for graph in main.all()}
+    made = {}
+    for graph in main.all():
+        if graph.owner not in made:
+            made[graph.owner] = Signature.of(model, graphs, variants, trees, graph.owner)
+        graph.signature = made[graph.owner]
+    return main
+
+
+def _count(tree):
+    return 1 if tree.kind == "tensor" else sum(_count(child) for child in tree.children)
+
+
+def _handed(tree):
+    if tree.kind == "input":
+        yield tree.value
+    for child in tree.children:
+        yield from _handed(child)
