@@ -5,10 +5,11 @@ import torch
 from torch import fx
 
 from . import shapes
+from .building import onnx_dtype
 from .mutation import short_name
 from .shapes import sizes_of
 from .sizes import INT64
-from .writer import fake, name_of, onnx_dtype, own
+from .writer import fake, name_of, own
 
 BOOL, FLOAT = ir.DataType.BOOL, ir.DataType.FLOAT
 

@@ -18,7 +18,8 @@ from torch import fx
 from ..errors import Refused
 from ..graph import Graph, attribute, expression
 from . import agree, arithmetic, mutation, translate
-from .writer import IR_VERSION, OPSET, Untranslatable, Value, Writer, onnx_dtype
+from .building import IR_VERSION, OPSET, Value, onnx_dtype
+from .writer import Untranslatable, Writer
 
 LARGE = 1536 * 2**20  # bytes of weights from which they go into a file of their own: one protobuf ends at 2 GB
 TRAINING_ONLY = ("loss", "labels")
@@ -173,7 +174,8 @@ def _model(graph, nodes, placeholders, outputs, place):
     taken = set(names.values())
     for name, out, result in results:
         value = writer.value(result)
-        name = name if name not in taken else name.replace("past_key_values", "present") if name.startswith("past_key_values") else f"{name}.out"
+        name = name.replace("past_key_values", "present", 1) if name.startswith("past_key_values.") else name
+        name = f"{name}.out" if name in taken else name
         if value.producer() is None or value in writer.onnx.outputs:
             value = writer.copy(value)
         value.name = name

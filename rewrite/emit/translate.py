@@ -10,10 +10,11 @@ from onnx_ir import tensor_adapters
 
 from ..graph import expression
 from . import shapes
+from .building import onnx_dtype
 from .mutation import permutation, short_name
 from .shapes import sizes_of
 from .sizes import INT64
-from .writer import Untranslatable, fake, onnx_dtype, own
+from .writer import Untranslatable, fake, own
 
 BOOL = ir.DataType.BOOL
 

@@ -11,7 +11,6 @@ from collections import Counter
 
 import onnx_ir as ir
 import torch
-from onnx_ir import tensor_adapters
 from torch import fx
 from torch._subclasses import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -19,10 +18,10 @@ from torch.utils import _pytree as pytree
 
 from ..graph import HOST, attribute, count, device_of, dtype_of, expression, least, path_of, select
 from . import mutation
+from .building import Builder, memory, onnx_dtype
 from .shapes import sizes_of
-from .sizes import INT64, Sizes, Unknown
+from .sizes import INT64, Unknown
 
-OPSET, IR_VERSION = 23, 11
 SMALL = 64 * 1024  # bytes of a constant that may be computed here although it is larger than what it is made of
 ASSERTIONS = {"_assert_scalar", "_assert_tensor_metadata", "_assert_async", "sym_constrain_range", "sym_constrain_range_for_size"}
 WITH_DTYPE = {"sum", "cumsum", "prod", "cumprod", "mean", "logsumexp", "softmax", "log_softmax"}  # compute in the dtype that they return
@@ -43,10 +42,6 @@ def own(*names):
     return enter
 
 
-def onnx_dtype(dtype):
-    return tensor_adapters.from_torch_dtype(dtype)
-
-
 def fake(node):
     return node.meta["val"]
 
@@ -56,158 +51,19 @@ def name_of(target):
     return target.name() if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
 
 
-class Value(ir.Value):
-    """An ONNX value on which Python's operators write nodes: torchlib's functions are plain Python that says `x + 1`."""
-
-    def __init__(self, writer, **kwargs):
-        super().__init__(**kwargs)
-        self.writer = writer
-
-    __hash__ = ir.Value.__hash__
-
-
-def _operator(name, result=None, flipped=False):
-    def write(self, *other):
-        operands = [self.writer.value(value, self.dtype) for value in ((*other, self) if flipped else (self, *other))]
-        attributes = {"fmod": 1} if name == "Mod" and self.dtype is not None and self.dtype.is_floating_point() else {}
-        return self.writer.op(name, *operands, dtype=result or self.dtype, **attributes)
-
-    return write
-
-
-for _python, _onnx in dict(add="Add", sub="Sub", mul="Mul", truediv="Div", matmul="MatMul", pow="Pow", mod="Mod", neg="Neg").items():
-    setattr(Value, f"__{_python}__", _operator(_onnx))
-    if _python in ("add", "sub", "mul", "truediv"):
-        setattr(Value, f"__r{_python}__", _operator(_onnx, flipped=True))
-for _python, _onnx in dict(lt="Less", le="LessOrEqual", gt="Greater", ge="GreaterOrEqual").items():
-    setattr(Value, f"__{_python}__", _operator(_onnx, ir.DataType.BOOL))
-
-
-class Writer:
+class Writer(Builder):
     """One graph on its way to ONNX. `fallen` counts the ops that went to torchlib or were decomposed, for the report."""
 
     def __init__(self, graph, nodes):
+        super().__init__()
         self.graph = graph
-        self.onnx = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name="main")
-        self.sizes = Sizes(self)
         self.values = {}  # fx node -> ir.Value, expression, list of these, or a constant (torch.Tensor, dtype, number)
-        self.scope = ""
         self.fallen = {"torchlib": Counter(), "decomposed": Counter(), "torchlib failed": Counter()}
-        self._names, self._literals, self._initializers, self._made, self._decomposed = Counter(), {}, {}, {}, {}
-        self._library = None
-        self._uses = Counter()
-        nodes = set(nodes)
+        self._decomposed, self._library, self._tables = {}, None, None
+        members = set(nodes)
         for node in nodes:
             if node.op == "get_attr" and isinstance(constant := self.constant(node), torch.Tensor):
-                self._uses[_memory(constant)] += sum(user in nodes for user in node.users)
-
-    # building
-
-    def op(self, name, *inputs, n=1, dtype=None, domain="", **attributes):
-        """Append a node; equal nodes are written once. Returns its value, or the list of its `n` values."""
-        inputs = [self.value(value) for value in inputs]
-        while inputs and inputs[-1] is None:
-            inputs.pop()
-        attributes = {key: value for key, value in attributes.items() if value is not None}
-        key = (domain, name, n, tuple(map(id, inputs)), repr(sorted(attributes.items())))
-        if key in self._made:
-            return self._made[key]
-        label = self._unique(f"{self.scope}.{name}")
-        types = {"type": None if dtype is None else ir.TensorType(dtype)}
-        outputs = [Value(self, name=label if n == 1 else f"{label}.{i}", **types) for i in range(n)]
-        self.onnx.append(ir.node(name, inputs, attributes, domain=domain, outputs=outputs, name=label))
-        self._made[key] = outputs[0] if n == 1 else outputs
-        return self._made[key]
-
-    def scoped(self, scope, name, *inputs, **attributes):
-        """`op` under another name than the one of the node at work (sizes belong to nobody)."""
-        self.scope, kept = scope, self.scope
-        try:
-            return self.op(name, *inputs, **attributes)
-        finally:
-            self.scope = kept
-
-    def copy(self, value):
-        """The same value under a name of its own, for an output that is also an input, a constant or another output."""
-        out = Value(self, name=self._unique(f"{value.name}.copy"), type=ir.TensorType(value.dtype), shape=value.shape)
-        self.onnx.append(ir.node("Identity", [value], outputs=[out], name=out.name))
-        return out
-
-    def forget(self, length):
-        """Take back the nodes after the first `length` (a translation that failed half way)."""
-        late = list(self.onnx)[length:]
-        gone = {id(value) for node in late for value in node.outputs}
-        for node in reversed(late):
-            self.onnx.remove(node)
-        self._made = {key: made for key, made in self._made.items() if id(made[0] if isinstance(made, list) else made) not in gone}
-        self.sizes.known = {size: value for size, value in self.sizes.known.items() if id(value) not in gone}
-
-    def value(self, given, dtype=None):
-        """The ONNX value of whatever a translator hands over: a value, an expression, a literal, a list of these, a tensor."""
-        if given is None or isinstance(given, ir.Value):
-            return given
-        if hasattr(given, "free_symbols"):
-            return self.cast(self.sizes.scalar(given), dtype or INT64) if given.is_integer else self.sizes.real(given)
-        if isinstance(given, (list, tuple)) and any(isinstance(item, ir.Value) or hasattr(item, "free_symbols") for item in given):
-            return self.sizes.vector([self.op("Reshape", item, [-1], dtype=INT64) if isinstance(item, ir.Value) else item for item in given])
-        if isinstance(given, (torch.Tensor, ir.TensorProtocol)):
-            tensor = given if isinstance(given, ir.TensorProtocol) else tensor_adapters.TorchTensor(given.detach().cpu().contiguous())
-            if tensor.size > 64 or dtype is not None and tensor.dtype != dtype:
-                return self.cast(self.initializer(self._unique(f"{self.scope}.constant"), tensor), dtype or tensor.dtype)
-            given, dtype, shape = tensor.numpy().tolist(), tensor.dtype, tuple(tensor.shape)
-        else:
-            shape = (len(given),) if isinstance(given, (list, tuple)) else ()
-            first = (given[0] if given else 0) if shape else given
-            dtype = dtype or {bool: ir.DataType.BOOL, float: ir.DataType.FLOAT, str: ir.DataType.STRING}.get(type(first), INT64)
-        key = (repr(given), dtype, shape)
-        if key not in self._literals:
-            name = f"literal_{dtype.name.lower()}_{len(self._literals)}"
-            if dtype == ir.DataType.STRING:
-                self._literals[key] = self.initializer(name, ir.tensor(given))
-            else:
-                tensor = torch.tensor(given, dtype=tensor_adapters.to_torch_dtype(dtype)).reshape(shape)
-                self._literals[key] = self.initializer(name, tensor_adapters.TorchTensor(tensor))
-        return self._literals[key]
-
-    def initializer(self, name, tensor):
-        """A constant of the file, by name."""
-        if name in self.onnx.initializers:
-            return self.onnx.initializers[name]
-        tensor.name = name
-        kind = {"type": ir.TensorType(tensor.dtype), "shape": ir.Shape(tuple(tensor.shape)), "const_value": tensor}
-        value = Value(self, name=name, **kind)
-        self.onnx.register_initializer(value)
-        return value
-
-    def weight(self, name, tensor):
-        """The initializer of a tensor of the model; tensors that are one in memory (tied weights) are one in the file."""
-        key = _memory(tensor)
-        if key not in self._initializers:
-            tensor = tensor.detach().cpu()
-            lazy = ir.LazyTensor(lambda: tensor_adapters.TorchTensor(tensor.contiguous()), dtype=onnx_dtype(tensor.dtype), shape=ir.Shape(tensor.shape))
-            self._initializers[key] = self.initializer(name, lazy), tensor
-        return self._initializers[key][0]
-
-    def transposed(self, weight):
-        """A weight's transpose: stored so if nothing else reads the weight, else a node (a tied weight would be in the file twice)."""
-        key = next((key for key, (value, _) in self._initializers.items() if value is weight), None)
-        if key is None or self._uses[key] != 1:
-            return self.op("Transpose", weight, perm=[1, 0], dtype=weight.dtype)
-        tensor = self._initializers[key][1]
-        lazy = ir.LazyTensor(lambda: tensor_adapters.TorchTensor(tensor.t().contiguous()), dtype=weight.dtype, shape=ir.Shape(tuple(tensor.shape)[::-1]))
-        return self.initializer(f"{weight.name}.transposed", lazy)
-
-    def cast(self, given, dtype):
-        value = self.value(given, None if isinstance(given, ir.Value) else dtype)
-        if value.dtype == dtype:
-            return value
-        out = self.op("Cast", value, to=dtype, dtype=dtype)
-        out.shape = value.shape  # torchlib asks for ranks
-        return out
-
-    def _unique(self, name):
-        self._names[name] += 1
-        return name if self._names[name] == 1 else f"{name}.{self._names[name]}"
+                self.uses[memory(constant)] += sum(user in members for user in node.users)
 
     # the loop
 
@@ -256,13 +112,13 @@ class Writer:
         if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()) and name.split(".")[0] not in OWN:
             raise Untranslatable(f"{name} draws random numbers")
         args, kwargs = self.argument(list(node.args)), {key: self.argument(value) for key, value in node.kwargs.items()}
-        complex_ = any(isinstance(value, torch.Tensor) and value.is_complex() for value in _fakes(node))
-        if not complex_ and (translator := OWN.get(name.split(".")[0])):
+        complex_ = [isinstance(value, torch.Tensor) and value.is_complex() for value in _fakes(node)]
+        if not any(complex_) and (translator := OWN.get(name.split(".")[0])):
             out = translator(self, node, *args, **kwargs)
             if out is not NotImplemented:
                 return out
         if isinstance(target, torch._ops.OpOverload):
-            out = self._torchlib(node, target, name, args, kwargs, complex_)
+            out = self._torchlib(node, target, name, args, kwargs, any(complex_[: len(node.args)]))
             if out is not NotImplemented:
                 return out
         return self._decompose(node, target, name)
@@ -272,6 +128,7 @@ class Writer:
         if isinstance(given, fx.Node):
             out = self.values[given] if given in self.values else self.constant(given)
             if isinstance(out, torch.Tensor):
+                out = torch.view_as_real(out) if out.is_complex() else out
                 if given.op == "get_attr":
                     return self.weight(given.target, out)
                 return self.value(out) if out.numel() <= 64 else self.weight(given.name, out)
@@ -332,12 +189,12 @@ class Writer:
             return None
         tensors = [value for value in read.values() if isinstance(value, torch.Tensor)]
         size = fake(node).numel() * fake(node).element_size()
-        if size > SMALL and (any(self._uses[_memory(t)] != 1 for t in tensors) or size > sum(t.numel() * t.element_size() for t in tensors)):
+        if size > SMALL and (any(self.uses[memory(t)] != 1 for t in tensors) or size > sum(t.numel() * t.element_size() for t in tensors)):
             return None
         with torch.no_grad():
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), read.get)
             out = target(*args, **{key: "cpu" if key == "device" and not tensors else value for key, value in kwargs.items()})
-        self._uses[_memory(out)] = len(node.users)
+        self.uses[memory(out)] = len(node.users)
         return out
 
     # dtypes: ATen promotes inside an op, ONNX never does
@@ -451,7 +308,7 @@ class Writer:
 
 def _decompositions(writer):
     """(decompositions of the ops that neither the table nor torchlib writes, all decompositions)."""
-    if not hasattr(writer, "_tables"):
+    if writer._tables is None:
         every = {**torch._decomp.decomposition_table, **torch.export.default_decompositions()}
         every = {op: body for op, body in every.items() if isinstance(op, torch._ops.OpOverload)}
         known = lambda op: op.name().split(".")[0] in OWN or writer._library is not None and writer._library.find(op.name(), False) is not None
@@ -459,15 +316,11 @@ def _decompositions(writer):
     return writer._tables
 
 
-def _memory(tensor):
-    """What makes two tensors one: the same memory, read in the same way."""
-    if tensor.numel() == 0:
-        return id(tensor)
-    return (tensor.data_ptr(), str(tensor.dtype), tuple(tensor.shape), tensor.stride())
-
-
 def _fakes(node):
-    return [leaf.meta.get("val") if isinstance(leaf, fx.Node) else None for leaf in pytree.tree_leaves((node.args, node.kwargs))] + pytree.tree_leaves(node.meta.get("val"))
+    """The fake values of a node's arguments, one per positional argument first, then those of the others and of the results."""
+    of = lambda item: item.meta.get("val") if isinstance(item, fx.Node) else None
+    nested = [leaf for leaf in pytree.tree_leaves((node.args, node.kwargs)) if leaf not in node.args]
+    return [*map(of, node.args), *map(of, nested), *pytree.tree_leaves(node.meta.get("val"))]
 
 
 def _place(node, reason):
