@@ -18,6 +18,7 @@ from .errors import Refused
 from .graph import Check, Graph, attribute, clone_tree, install
 from .opaque import stand_in
 from .trace import CannotTrace, trace
+from .signature import sign
 from .variants import variants
 
 _ATTEMPTS = 24
@@ -34,18 +35,21 @@ def capture(model, example=None):
     if model.__dict__.get("forward") is not None and hasattr(model, "_hf_hook"):
         raise Refused(f"{type(model).__name__} runs through accelerate's hooks. Capture the model before they are attached, or remove them (remove_hook_from_module).")
     root = clone_tree(model)
-    graphs, opaque = [], {}
-    for variant in variants(model, example):
+    graphs, opaque, trees = [], {}, {}
+    found = variants(model, example)
+    for variant in found:
         main = graphs[0] if graphs else None
         try:
-            graphs.append(_Capture(model, root, variant, opaque, main).graph())
+            work = _Capture(model, root, variant, opaque, main)
+            graphs.append(work.graph())
+            trees[variant.name] = work.tree
         except Refused as reason:
             if main is None:
                 raise
             main.notes.append(f"no variant {variant.name!r}: {reason}")
     main = graphs[0]
     main.variants = {graph.name: graph for graph in graphs[1:]}
-    return main
+    return sign(model, main, found, trees)
 
 
 class _Capture:
@@ -60,6 +64,7 @@ class _Capture:
 
     def graph(self):
         ours, alignment, theirs = self._pair()
+        self.tree = ours.tree
         Merge(alignment, self.variant.mode == "both", self.notes).apply()
         if self.variant.mode == "eval" and self.main is not None:
             _flags_by_analogy(ours.graph, self.main, self.notes)
