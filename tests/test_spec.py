@@ -144,6 +144,10 @@ def test_defaults_are_left_out():
     assert Spec.parse(json.loads(Spec().to_json())) == Spec()
 
 
+def test_an_option_may_be_called_parallel():
+    assert Spec.parse({"passes": [{"pass": "adapter", "bottleneck": 3, "parallel": True}]}).passes[0].options.parallel
+
+
 def test_specs_that_ask_for_the_same_are_equal_and_others_are_not():
     assert parse(rosa()) == parse(rosa(alpha=16))
     assert hash(parse({"pass": "still"})) == hash(parse({"pass": "still"}))
