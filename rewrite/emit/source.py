@@ -328,7 +328,7 @@ class _Writer:
             if len(args) == 2 and isinstance(args[1], (list, tuple)) and not kwargs and text in ("view", "reshape", "expand", "permute", "repeat"):
                 args = (args[0], *args[1])
             return f"{self.value(args[0])}.{text}({self.arguments(args[1:], kwargs)})"
-        return f"{self.bound(node)}({self.arguments(args, kwargs)})"
+        return f"{self.bound(node)}({self.arguments(*_with_reduction(node.target, args, kwargs))})"
 
     def arguments(self, args, kwargs):
         return ", ".join([*map(self.value, args), *(f"{k}={self.value(v)}" for k, v in kwargs.items())])
@@ -379,6 +379,15 @@ def _nodes_in(value):
     found = []
     fx.node.map_arg(value, found.append)
     return found
+
+
+def _with_reduction(op, args, kwargs):
+    """Losses say their reduction: the native binding of cross_entropy_loss takes another default than its schema (torch 2.13)."""
+    schema = op._schema.arguments
+    place = next((i for i, a in enumerate(schema) if a.name == "reduction"), None)
+    if place is None or len(args) > place or "reduction" in kwargs:
+        return args, kwargs
+    return (*args, *(kwargs.get(a.name, a.default_value) for a in schema[len(args) : place + 1])), {k: v for k, v in kwargs.items() if k not in {a.name for a in schema[: place + 1]}}
 
 
 def _is_host(node):
