@@ -36,6 +36,8 @@ class Affine:
 def find_affine(flow):
     """Fill `flow.affine` and `flow.embeddings`, each a dict of operation → Affine."""
     for node in flow.nodes:
+        if "made" in node.meta:
+            continue  # what passes added is no site
         found = _affine(flow, node)
         if found is None:
             continue
@@ -43,6 +45,7 @@ def find_affine(flow):
             flow.embeddings[node] = found
         else:
             flow.affine[node] = found
+    flow.add_learned()
 
 
 def _affine(flow, node):
@@ -64,6 +67,8 @@ def _affine(flow, node):
         ids = node.args[1][0]
         if stored is None or is_float(ids) or value(ids).dtype == torch.bool or value(stored[0]).dim() != 2:
             return None
+        if any(end in flow.affine for end in flow.cone(ids)[1]):
+            return None  # picked by a router: one bias per expert
         return Affine(node, ids, stored[0], None, "embedding", False, -1, {"w": 0})
     if name in _PRODUCT:
         x, w, b = _PRODUCT[name]
@@ -190,60 +195,71 @@ def _is_made(flow, node, limit=32):
 
 
 def rows_in(flow, operation, inside):
-    """The OUT rows of an affine op that reach a value, given the nodes between (`Flow.cone`): Rows, or None for all of them.
+    """The OUT rows of an affine op that reach a value, given the nodes between (`Flow.cone`): Rows, None for all of them, empty Rows where it cannot be told.
 
     Row numbers are sent through the very ops of the graph that only move numbers; where numbers change (rotary, a norm) all rows that come so far count.
     """
     members = set(inside)
-    total = expression(value(operation).shape[flow.affine[operation].axis])
+    axis = flow.affine[operation].axis
+    total = expression(value(operation).shape[axis])
     if not isinstance(total, int):
         return None
-    frontier = [operation]
-    reached = {operation: None}  # None: not sent through yet (all rows so far)
-    narrowed = False
-    for node in frontier:
+    way, narrowed = [operation], False  # the nodes through which rows can be followed one by one
+    followed = {operation}
+    for node in way:
         for user in node.users:
-            if user in members and user not in reached and flow.is_view(user):
-                reached[user] = None
-                frontier.append(user)
-                narrowed = narrowed or flow.narrows(user) or flow.name[user] == "unbind"
+            if user in members and user not in followed and (flow.is_view(user) or _keeps_rows(flow, user, node, followed)):
+                followed.add(user)
+                way.append(user)
+                narrowed = narrowed or flow.narrows(user)
     if not narrowed:
         return None
-    axis = flow.affine[operation].axis
     shape = [_number(size) for size in value(operation).shape]
-    index = torch.arange(total).view([-1] + [1] * (-axis - 1)).expand(shape)
-    numbers, rows = {operation: index}, []
-    for node in sorted(reached, key=flow.place.__getitem__):
+    numbers, rows = {operation: torch.arange(total).view([-1] + [1] * (-axis - 1)).expand(shape)}, []
+    for node in sorted(way, key=flow.place.__getitem__):
         if node is not operation:
             numbers[node] = _send(flow, node, numbers)
-        result = numbers[node]
         users = [user for user in node.users if user in members]
-        if isinstance(result, torch.Tensor) and (node is inside[0] or any(user not in reached for user in users)):
-            rows.append(result.reshape(-1))
-        elif result is None and (node is inside[0] or users):
-            return None
+        last = node is inside[0] or any(user not in followed for user in users)
+        if numbers[node] is None and (last or users):
+            return Rows(0, 0, total, total)
+        if last and isinstance(numbers[node], torch.Tensor):
+            rows.append(numbers[node].reshape(-1))
     if not rows:
         return None
     found = torch.unique(torch.cat(rows))
     return Rows.of(found[found >= 0], total)
 
 
+def union(claims, total):
+    """The rows of several claims on one op together; None for all of them."""
+    if any(rows is None for rows in claims):
+        return None
+    return Rows.of(torch.unique(torch.cat([rows.index() for rows in claims])), total)
+
+
+def _keeps_rows(flow, user, node, followed):
+    """An elementwise op on one followed value (a bias, a scale, an activation) leaves each row where it is."""
+    if not flow.is_elementwise(user) or value(user) is None or value(node) is None or tuple(value(user).shape) != tuple(value(node).shape):
+        return False
+    return all(parent is node or parent not in followed for parent in tensors(user))
+
+
 def _send(flow, node, numbers):
-    """The row numbers after one op that moves numbers, or None where it cannot be done at these sizes."""
+    """The row numbers after one op, or None where they cannot be had at these sizes."""
     name = flow.name[node]
+    if name in ("to", "_to_copy", "type_as", "contiguous", "dropout", "native_dropout", "detach", "alias", "clone") or flow.is_elementwise(node):
+        return next(numbers[n] for n in tensors(node) if n in numbers)
 
     def argument(a):
         if a in numbers:
             return numbers[a]
+        if (constant := flow.constant(a)) is not None:
+            return constant
         return _number(a.meta.get("val"))
 
-    source = argument(node.args[0]) if isinstance(node.args[0], fx.Node) else None
-    if name in ("to", "_to_copy", "type_as", "contiguous", "dropout", "native_dropout", "detach", "alias", "clone"):
-        return source
     try:
-        args = fx.node.map_arg(node.args, argument)
-        kwargs = fx.node.map_arg(node.kwargs, argument)
-        return node.target(*args, **kwargs)
+        return node.target(*fx.node.map_arg(node.args, argument), **fx.node.map_arg(node.kwargs, argument))
     except (RuntimeError, IndexError, TypeError, ValueError):
         return None
 

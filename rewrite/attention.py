@@ -25,6 +25,7 @@ class Attention:
     parts: dict = field(default_factory=dict)
     o: list = field(default_factory=list)
     gates: list = field(default_factory=list)
+    others: list = field(default_factory=list)
     positions: list = field(default_factory=list)
     latent: dict = field(default_factory=dict)
     is_cross: bool = False
@@ -52,12 +53,12 @@ def _written_out(flow, softmax):
     if v_product is None:
         return None
     product, v = v_product
-    scores, positions, mask = _scores(flow, softmax.args[0])
+    scores, others = _scores(flow, softmax.args[0])
     if scores is None:
         return None
     left, right = _operands(flow, scores)
-    found = Attention(left, right, v, mask, product)
-    found.positions = positions
+    found = Attention(left, right, v, _mask(flow, softmax.args[0], scores), product)
+    found.others = others
     return found
 
 
@@ -90,42 +91,21 @@ def _reads_probabilities(flow, softmax):
 
 
 def _scores(flow, node):
-    """`(q kᵀ, affine ops of position terms, mask)` behind a softmax: the nearest product whose operands both come from content that is no position."""
-    queue, seen, products, mask = [node], {node}, [], None
+    """`(q kᵀ, other products)` behind a softmax: the nearest product of two values that depend on the inputs, else the nearest of two activations."""
+    queue, seen, products = [node], {node}, []
     for current in queue:
-        if _is_product(flow, current):
-            products.append(current)
         if current in flow.affine or current in flow.stream or current.op != "call_function":
             continue
+        parents = flow.parents(current)
         if _is_product(flow, current):
-            parents = [current.args[0]] if flow.name[current] == "baddbmm" else []
-        else:
-            parents = [n for n in current.all_input_nodes if n in flow.content]
+            products.append(current)
+            parents = [n for n in parents if n not in _operands(flow, current)]
         queue += [n for n in parents if n not in seen]
         seen.update(parents)
-    positions = []
-    for current in seen:
-        if flow.name[current] in PRODUCTS and current not in flow.affine and current not in products:
-            positions += [end for side in _operands(flow, current) for end in _static_ends(flow, side)]
     if not products:
-        return None, [], None
-    mask = _mask(flow, node, products[0])
-    return products[0], positions, mask
-
-
-def _static_ends(flow, node):
-    """The affine ops that make a value without content (projections of position tables)."""
-    queue, seen, ends = [node], {node}, []
-    for current in queue:
-        if current in flow.content:
-            continue
-        if current in flow.affine:
-            ends.append(current)
-            continue
-        parents = [n for n in current.all_input_nodes if n not in seen]
-        seen.update(parents)
-        queue += parents
-    return ends
+        return None, []
+    scores = next((p for p in products if all(operand in flow.live for operand in _operands(flow, p))), products[0])
+    return scores, [p for p in products if p is not scores]
 
 
 def _mask(flow, node, scores):
@@ -155,33 +135,25 @@ def _mask(flow, node, scores):
 
 
 def find_projections(flow, attentions):
-    """Fill `parts`, `o`, `latent`, `gates` and `is_cross` of each attention."""
+    """Fill `parts`, `o`, `latent`, `gates`, `positions` and `is_cross` of each attention."""
     results = {a.y for a in attentions}
     for attention in attentions:
         for part in "qkv":
-            value = getattr(attention, part)
-            inside, ends = flow.cone(value, stop=results, floats=True)
-            attention.parts[part] = [(end, rows_in(flow, end, inside)) for end in ends if end in flow.affine]
-        attention.o = flow.onward(attention.y, stop=results)
+            inside, ops = flow.sources(getattr(attention, part), results)
+            attention.parts[part] = [(op, rows_in(flow, op, inside)) for op in ops]
         direct = {op for claims in attention.parts.values() for op, _ in claims}
-        attention.o = [op for op in attention.o if op not in direct]
+        attention.o = [op for op in flow.onward(attention.y, stop=results) if op not in direct]
         for o in attention.o:
-            inside, ends = flow.cone(flow.affine[o].x, stop=results, floats=True)
-            attention.gates += [(end, rows_in(flow, end, inside)) for end in ends if end in flow.affine]
-        _find_latents(flow, attention, direct)
+            inside, ops = flow.sources(flow.affine[o].x, results)
+            attention.gates += [(op, rows_in(flow, op, inside)) for op in ops]
+        for product in attention.others:
+            ops = {op for side in _operands(flow, product) for op in flow.sources(side, results)[1]}
+            attention.positions += sorted(ops - direct, key=flow.place.__getitem__)
+        for part, name in (("q", "q"), ("k", "kv"), ("v", "kv")):
+            for op, _ in attention.parts[part]:
+                inside, ops = flow.sources(flow.affine[op].x, results)
+                attention.latent.update((end, (name, rows_in(flow, end, inside))) for end in ops if end not in attention.latent)
         attention.is_cross = _is_cross(flow, attention)
-
-
-def _find_latents(flow, attention, direct):
-    """Low-rank projections before q, k or v: the affine op that makes the x of another, before any stream value."""
-    for part, name in (("q", "q"), ("k", "kv"), ("v", "kv")):
-        for op, _ in attention.parts[part]:
-            inside, ends = flow.cone(flow.affine[op].x, floats=True)
-            for end in ends:
-                if end in flow.affine and end not in direct:
-                    attention.latent.setdefault(end, (name, rows_in(flow, end, inside)))
-                elif end in flow.affine:
-                    attention.latent.setdefault(end, (name, rows_in(flow, end, inside)))
 
 
 def _is_cross(flow, attention):

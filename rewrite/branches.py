@@ -15,7 +15,7 @@ from .dataflow import is_float, value
 
 _ADDS = frozenset({"add", "add_", "sub", "index_add"})
 _PICKS = frozenset({"topk", "argmax", "max", "argsort", "sort"})
-_INDEXING = frozenset({"index", "index_select", "gather", "index_add", "index_add_", "scatter", "scatter_add", "scatter_add_", "one_hot", "where", "eq"})
+_INDEXING = frozenset({"index", "index_select", "gather", "index_add", "index_add_", "scatter", "scatter_", "scatter_add", "scatter_add_", "one_hot", "where", "eq"})
 
 
 @dataclass(eq=False)
@@ -33,12 +33,11 @@ class Mlp:
     x: fx.Node
     y: fx.Node
     parts: dict = field(default_factory=dict)
-    expert: bool = False
 
 
 @dataclass(eq=False)
 class Mixer:
-    """`parts`: "in" "inner" "out" → list of (affine op, rows)."""
+    """`parts`: "in" "conv" "inner" "out" → list of (affine op, rows)."""
 
     x: fx.Node
     y: fx.Node
@@ -64,7 +63,7 @@ def find_residuals(flow):
 
 
 def _residual(flow, residuals, node, stream, branch):
-    origin = flow.strip(stream)
+    origin = _before_shortcut(flow, flow.strip(stream))
     for _ in range(3):
         if flow.place[origin] < flow.place[flow.strip(branch)] and flow.reaches(origin, branch)[1]:
             return Residual(stream, branch, node, origin)
@@ -72,6 +71,18 @@ def _residual(flow, residuals, node, stream, branch):
             return None
         origin = residuals[origin].origin
     return None
+
+
+def _before_shortcut(flow, node):
+    """The value behind a convolution (and its norm) on the way around a branch: the stream changes its width there."""
+    norm = node
+    for _ in range(2):
+        if norm in flow.affine and flow.affine[norm].kind == "conv":
+            return flow.strip(flow.affine[norm].x)
+        if "norm" not in flow.name[norm]:
+            break
+        norm = norm.args[0]
+    return node
 
 
 def branches(flow, residual, attention_of):
@@ -125,15 +136,15 @@ def _picks_rows(flow, node):
     return False
 
 
-def read_branch(flow, y, origin, routers, taken, results):
+def read_branch(flow, y, routers, taken, results):
     """What a branch is: an Mlp, a Mixer or None. `taken` are affine ops that belong to attention, `results` the attentions' values."""
-    inside, ends = flow.cone(y, stop=results, floats=True)
-    downs = [end for end in ends if end in flow.affine and end not in routers and end not in taken]
-    if not downs or any(end in taken or end in results for end in ends):
+    inside, ends = flow.sources(y, results)
+    downs = [end for end in ends if end not in routers]
+    if not downs or any(end in taken for end in ends) or any(node in results for node in flow.cone(y, results, floats=True)[1]):
         return None
     region, mixing = _region(flow, downs, routers, results)
     if mixing or any(flow.is_mixing(n) for n in inside):
-        return _mixer(flow, y, inside, downs, region, routers)
+        return _mixer(flow, y, downs, region) if len(region) > 1 else None
     found = Mlp(None, y, {"up": [], "gate": [], "down": []})
     for down in downs:
         up, gate = _gating(flow, flow.affine[down].x, routers, results)
@@ -144,71 +155,51 @@ def read_branch(flow, y, origin, routers, taken, results):
         found.parts["gate"] += gate
     if not found.parts["down"]:
         return None
-    first = found.parts["up"][0][0]
-    found.expert = flow.affine[found.parts["down"][0][0]].kind == "experts"
-    entry = next((router for router in routers if router in ends), None)
-    found.x = flow.strip(flow.affine[entry or first].x, drops=False, scales=False)
+    entry = next((router for router in routers if router in ends), found.parts["up"][0][0])
+    found.x = flow.strip(flow.affine[entry].x, drops=False, scales=False)
     return found
 
 
 def _region(flow, downs, routers, results):
-    """All affine ops of a branch behind its last ones, and whether values mix positions on the way."""
-    queue, seen, mixing = list(downs), set(downs), False
+    """All affine ops of a branch behind its last ones, and whether positions are mixed on the way to the last ones."""
+    queue, seen, mixing = list(downs), set(downs), any(flow.has_window(op) for op in downs)
     for op in queue:
         if op in routers:
             continue
-        inside, ends = flow.cone(flow.affine[op].x, stop=results, floats=True)
+        inside, ops = flow.sources(flow.affine[op].x, results)
         mixing = mixing or any(flow.is_mixing(n) for n in inside)
-        for end in ends:
-            if end in flow.affine and end not in seen:
-                seen.add(end)
-                queue.append(end)
-    return queue, mixing or any(_is_sequence_conv(flow, op) for op in queue if op not in downs)
+        mixing = mixing or op in downs and any(flow.has_window(source) for source in ops)
+        fresh = [source for source in ops if source not in seen]
+        seen.update(fresh)
+        queue += fresh
+    return queue, mixing
 
 
-def _is_sequence_conv(flow, op):
-    return False
-
-
-def _mixer(flow, y, inside, outs, region, routers):
-    found = Mixer(None, y, {"in": [], "inner": [], "out": [(op, None) for op in outs]})
+def _mixer(flow, y, outs, region):
+    found = Mixer(None, y, {"in": [], "inner": [], "conv": [], "out": [(op, None) for op in outs]})
     for op in region:
-        if op in outs:
-            continue
-        _, ends = flow.cone(flow.affine[op].x, floats=True)
-        found.parts["inner" if any(end in flow.affine for end in ends) else "in"].append((op, None))
-    first = (found.parts["in"] or found.parts["inner"] or found.parts["out"])[0][0]
+        if op not in outs:
+            part = "conv" if flow.has_window(op) else "inner" if flow.sources(flow.affine[op].x)[1] else "in"
+            found.parts[part].append((op, None))
+    first = (found.parts["in"] or found.parts["conv"] or found.parts["inner"] or found.parts["out"])[0][0]
     found.x = flow.strip(flow.affine[first].x, drops=False, scales=False)
     return found
 
 
-def _sources(flow, node, routers, results):
-    """`({(op, rows)}, whether an activation lies on the way)` of a value."""
-    inside, ends = flow.cone(node, stop=results, floats=True)
-    ops = [end for end in ends if end in flow.affine and end not in routers]
-    return [(op, rows_in(flow, op, inside)) for op in ops], any(flow.is_nonlinear(n) for n in inside)
-
-
 def _gating(flow, x, routers, results):
     """`(up, gate)` behind the input of a down projection; `(None, None)` where no activation lies between."""
-    sources, nonlinear = _sources(flow, x, routers, results)
-    if not sources or not nonlinear:
+    inside, ops = flow.sources(x, results)
+    if not any(op not in routers for op in ops) or not any(flow.is_nonlinear(n) for n in inside):
         return None, None
-    inside, _ = flow.cone(x, stop=results, floats=True)
     for node in inside:
-        if flow.name[node] == "glu":
-            return _halves(flow, node, routers, results)
-        if flow.name[node] not in ("mul", "mul_") or len(set(flow.parents(node))) != 2:
-            continue
-        a, b = node.args[:2]
-        (left, bent_left), (right, bent_right) = (_sources(flow, side, routers, results) for side in (a, b))
-        if not left or not right or set(left) == set(right) or not (bent_left or bent_right):
-            continue
-        return (right, left) if bent_left else (left, right)
-    return sources, []
+        if flow.name[node] in ("mul", "mul_") and len(set(flow.parents(node))) == 2:
+            (left, bent_left), (right, bent_right) = (_made_of(flow, side, routers, results) for side in node.args[:2])
+            if left and right and set(left) != set(right) and (bent_left or bent_right):
+                return (right, left) if bent_left else (left, right)
+    return _made_of(flow, x, routers, results)[0], []
 
 
-def _halves(flow, glu, routers, results):
-    """`glu(x)` = first half · sigmoid(second half), on one op or on each of several."""
-    sources, _ = _sources(flow, glu.args[0], routers, results)
-    return sources, []
+def _made_of(flow, node, routers, results):
+    """`([(affine op, rows)], whether an activation lies on the way)` of a value; routers do not count."""
+    inside, ops = flow.sources(node, results)
+    return [(op, rows_in(flow, op, inside)) for op in ops if op not in routers], any(flow.is_nonlinear(n) for n in inside)

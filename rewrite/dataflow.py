@@ -1,6 +1,7 @@
 """Walking through a graph: what a value is made of, and where it goes.
 
-    content   values that depend on what is in the inputs (sizes alone do not count)
+    live      values that depend on what is in the inputs (sizes alone do not count)
+    content   live values, and those made from learned tables that affine ops work on (queries of a decoder, latents)
     shape     ops that only move or copy numbers
     cone      everything between a value and the places where the walk stops
 
@@ -10,6 +11,8 @@ All walks are iterative and stop at the nearest affine op, so that an analysis o
 import operator
 
 import torch
+
+from .graph import attribute
 
 _VIEWS = frozenset(
     "view _unsafe_view reshape transpose permute t mT expand expand_as contiguous clone alias unsqueeze squeeze flatten unflatten movedim moveaxis swapaxes swapdims "
@@ -27,6 +30,7 @@ _NONLINEAR = frozenset(
 )  # fmt: skip
 PRODUCTS = frozenset("matmul mm bmm baddbmm addmm addbmm einsum linalg_vecdot dot mv _grouped_mm".split())
 _MIXING = PRODUCTS | frozenset("cumsum cumprod logcumsumexp cummax associative_scan scan while_loop cond stft fft_fft fft_fft2 fft_rfft convolution conv1d conv2d conv3d".split())
+_ELEMENTWISE = _NONLINEAR - {"glu"} | frozenset("add add_ sub sub_ mul mul_ div div_ neg clamp clamp_ clamp_min clamp_max masked_fill rsub reciprocal rsqrt sqrt minimum maximum".split())
 _SCALINGS = frozenset("mul mul_ div div_".split())
 
 
@@ -62,13 +66,37 @@ class Flow:
         self.nodes = list(graph.nodes)
         self.place = {node: i for i, node in enumerate(self.nodes)}
         self.name = {node: op_name(node) for node in self.nodes}
-        self.content = set()
-        for node in self.nodes:
-            if node.op == "placeholder" or node.op == "call_module" or any(n in self.content for n in tensors(node)):
-                self.content.add(node)
+        self.live = self._onward(set())
+        self.content = self.live
         self.affine = {}  # operation → Affine, filled by affine.py
         self.stream = set()  # values on a residual stream, filled by branches.py
         self.embeddings = {}  # lookup → Affine, filled by affine.py
+
+    def _onward(self, seeds):
+        """The nodes that depend on inputs or opaque modules, or on one of the seeds."""
+        found = set(seeds)
+        for node in self.nodes:
+            if node.op in ("placeholder", "call_module") or any(n in found for n in tensors(node)):
+                found.add(node)
+        return found
+
+    def add_learned(self):
+        """Count as content what affine ops make of values that depend on no input (learned queries); called when `affine` is known."""
+        queue = [affine.x for affine in self.affine.values() if affine.x not in self.live and affine.x.op == "call_function"]
+        seeds = set(queue)
+        for node in queue:
+            for parent in tensors(node):
+                if parent not in seeds and parent.op == "call_function" and is_float(parent):
+                    seeds.add(parent)
+                    queue.append(parent)
+        learned = {node for node, affine in self.affine.items() if node not in self.live}
+        if learned:
+            self.content = self._onward(seeds | learned)
+
+    def sources(self, node, stop=()):
+        """`(inside, operations)`: the cone of a value, and the affine ops among its ends that do not stand on a stream."""
+        inside, ends = self.cone(node, stop, floats=True)
+        return inside, [end for end in ends if end in self.affine and end not in self.stream and end not in stop]
 
     def parents(self, node):
         """The tensor inputs of a node that carry content."""
@@ -154,12 +182,39 @@ class Flow:
         """Whether an op mixes positions: a product of two activations, a scan, an opaque module."""
         return self.name[node] in _MIXING or self.name[node] in ATTENTIONS or node.op == "call_module"
 
+    def is_elementwise(self, node):
+        return self.name[node] in _ELEMENTWISE
+
     def is_view(self, node):
         name = self.name[node]
+        if name in ("index", "index_select"):
+            return self.parents(node) == [node.args[0]]
         return name in _VIEWS or name in _CASTS or name in _DROPS or node.target is operator.getitem
 
     def narrows(self, node):
+        """Whether a view may leave out a part."""
+        if self.name[node] in ("index", "index_select"):
+            return self.is_view(node)
         return self.name[node] in _NARROWING and not (self.name[node] == "slice" and self._is_whole(node))
+
+    def has_window(self, operation):
+        """Whether an affine op is a convolution over more than one place."""
+        affine = self.affine[operation]
+        return affine.kind == "conv" and any(size != 1 for size in value(affine.w).shape[2:])
+
+    def constant(self, node):
+        """The integers of a value without content (a list of indices), or None where they depend on sizes or cannot be had."""
+        if node in self.content or is_float(node):
+            return None
+        if node.op == "get_attr":
+            tensor = attribute(self.graph.root, node.target)
+            return tensor if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta" else None
+        if node.op != "call_function" or any(value(n) is None for n in node.all_input_nodes):
+            return None
+        known = {n: self.constant(n) for n in node.all_input_nodes}
+        if any(v is None for v in known.values()):
+            return None
+        return node.target(*torch.fx.node.map_arg(node.args, known.get), **torch.fx.node.map_arg(node.kwargs, known.get))
 
 
 ATTENTIONS = frozenset({

@@ -4,7 +4,7 @@ Affine ops on weights, norms and attention cannot be mistaken; residual adds are
 from what lies between them (attention.py, branches.py). What is not recognised is still a "linear".
 """
 
-from .affine import find_affine
+from .affine import find_affine, union
 from .attention import find_attention, find_projections
 from .branches import Mlp, branches, find_residuals, find_routers, read_branch
 from .dataflow import Flow, is_float, tensors, value
@@ -13,6 +13,8 @@ from .norms import find_norms
 from .site import Layout, Roles, Rows, Site
 
 __all__ = ["Layout", "Roles", "Rows", "Site", "roles"]
+
+_PARTS = ("q", "k", "v", "gate", "up")
 
 
 def roles(model_or_graph, example=None):
@@ -38,16 +40,17 @@ class _Survey:
         self.attentions = find_attention(flow)
         find_projections(flow, self.attentions)
         self.routers = find_routers(flow)
-        self.claims = {}  # affine op → [(role, rows)]
+        self.defaults = _defaults(graph)
+        self.claims = {}  # affine op → {role: rows}
         self.regions = []  # (role, x, y, affine ops)
         self._claim_attention()
         self._claim_branches()
         self.heads = self._heads()
 
     def _claim(self, op, role, rows=None):
-        claims = self.claims.setdefault(op, [])
-        if (role, rows) not in claims:
-            claims.append((role, rows))
+        """One more role of an op, on some of its rows; the rows of one role are put together."""
+        claims = self.claims.setdefault(op, {})
+        claims[role] = union([claims[role], rows], value(op).shape[self.flow.affine[op].axis]) if role in claims else rows
 
     def _claim_attention(self):
         for attention in self.attentions:
@@ -71,7 +74,7 @@ class _Survey:
         taken = {op: a for a in self.attentions for op in (*a.o, *(op for claims in a.parts.values() for op, _ in claims))}
         attention_of = {op: a for a in self.attentions for op in a.o}
         for op in self.routers:
-            self.claims[op] = [("router", None)]
+            self.claims[op] = {"router": None}
         for residual in self.residuals:
             for y in branches(flow, residual, attention_of):
                 attention = self._attention_behind(y, attention_of)
@@ -80,15 +83,16 @@ class _Survey:
                     x = next((flow.affine[op].x for part in "qkv" for op, _ in attention.parts[part]), residual.origin)
                     self.regions.append(("attention.block", flow.strip(x, drops=False, scales=False), y, ops))
                     continue
-                found = read_branch(flow, y, residual.origin, self.routers, taken, results)
+                found = read_branch(flow, y, self.routers, taken, results)
                 if found is None:
                     continue
-                stem = "mixer" if not isinstance(found, Mlp) else "expert" if found.expert else "mlp"
-                for part, ops in found.parts.items():
-                    for op, rows in ops:
-                        self._claim(op, f"{stem}.{part}", rows)
-                ops = [op for ops in found.parts.values() for op, _ in ops] + [op for op in self.routers if op in flow.cone(y, floats=True)[1]]
-                self.regions.append(("mlp" if stem == "expert" else stem, found.x, y, ops))
+                stem = "mlp" if isinstance(found, Mlp) else "mixer"
+                ops = [op for op in self.routers if op in flow.cone(y, floats=True)[1]]
+                for part, claims in found.parts.items():
+                    for op, rows in claims:
+                        ops.append(op)
+                        self._claim(op, f"{'expert' if stem == 'mlp' and flow.affine[op].kind == 'experts' else stem}.{part}", rows)
+                self.regions.append((stem, found.x, y, ops))
 
     def _attention_behind(self, y, attention_of):
         _, ends = self.flow.cone(y, stop={a.y for a in self.attentions}, floats=True)
@@ -112,13 +116,13 @@ class _Survey:
             value_out = self._to_output(op)
             if value_out is not None:
                 heads[op] = value_out
-                self.claims[op] = [("head", None)]
+                self.claims[op] = {"head": None}
         if not self.residuals:
             return heads
         for op in reversed(list(flow.affine)):  # dense layers between the last stream value and the head
             onward = set(flow.onward(op))
-            if op not in self.claims and onward and all(self.claims.get(o, [("", None)])[0][0] in ("head", "head.hidden") for o in onward):
-                self.claims[op] = [("head.hidden", None)]
+            if op not in self.claims and flow.affine[op].kind == "linear" and onward and all(self.claims.get(o, {}).keys() & {"head", "head.hidden"} for o in onward):
+                self.claims[op] = {"head.hidden": None}
         return heads
 
     def _to_output(self, op):
@@ -144,7 +148,9 @@ class _Survey:
         sites = []
         for op, affine in self.flow.affine.items():
             sites += self._affine_sites(op, affine)
-        sites += [self._embed_site(op, affine) for op, affine in self.flow.embeddings.items()]
+        lookups = {op: self._lookup(affine.x) for op, affine in self.flow.embeddings.items()}
+        self._one_per_sum(lookups)
+        sites += [self._embed_site(op, affine, lookups[op]) for op, affine in self.flow.embeddings.items()]
         sites += [self._norm_site(norm) for norm in self.norms.values()]
         sites += [self._attention_site(attention) for attention in self.attentions]
         sites += [self._plain("residual", ("residual",), r.y, path_of(r.y), {"stream": r.stream, "branch": r.branch, "y": r.y}) for r in self.residuals]
@@ -194,19 +200,20 @@ class _Survey:
         return f"{owner}.{name}" if owner else name, owner, name
 
     def _affine_sites(self, op, affine):
-        claims = self.claims.get(op) or [(_unclaimed(self.flow, op, affine), None)]
+        claims = self.claims.get(op) or {_unclaimed(self.flow, op, affine): None}
         family = "conv" if affine.kind == "conv" else "linear"
         parts = {}
-        for role, rows in claims:
+        for role, rows in claims.items():
             parts.setdefault(rows, []).append(role)
+        if any(rows is not None and not len(rows) for rows in parts):  # which rows are whose cannot be told
+            stem, joined = _joined(claims)
+            return [self._affine_site(op, affine, [f"{stem}.{joined}"], None, "", family)]
         if len(parts) == 1 or None in parts:
             names = parts.get(None) or next(iter(parts.values()))
             names = list(dict.fromkeys(names + [r for rows, more in parts.items() if rows is not None for r in more]))
             return [self._affine_site(op, affine, names, None, "", family)]
-        stems = {role.partition(".")[0] for roles in parts.values() for role in roles}
-        leaves = [roles[0].rpartition(".")[2] for _, roles in sorted(parts.items(), key=lambda item: item[0].start)]
-        joined = {("q", "k", "v"): "qkv", ("gate", "up"): "gate_up"}.get(tuple(sorted(leaves, key="qkvgateup".find)), "+".join(leaves))
-        sites = [self._affine_site(op, affine, [f"{min(stems)}.{joined}"], None, "", None)]
+        stem, joined = _joined(claims)
+        sites = [self._affine_site(op, affine, [f"{stem}.{joined}"], None, "", None)]
         for rows, roles in parts.items():
             sites.append(self._affine_site(op, affine, roles, rows, roles[0].rpartition(".")[2], family))
         return sites
@@ -215,15 +222,34 @@ class _Survey:
         path, owner, parameter = self._place(op, affine.w)
         if family and names[0] not in ("head", "router"):
             names = [*names, family]
+        if affine.stored is not None and not label:
+            label = names[0].rpartition(".")[2]  # several operations on parts of one stored weight
         layout = Layout(affine.kind, affine.transposed, affine.axis, rows, affine.stored, affine.arguments)
         block, index = self._block_of(path, op)
         label = ".".join(filter(None, (parameter, label)))
         handles = {"x": affine.x, "w": affine.w, "b": affine.b, "y": op}
         return Site(op, names[0], tuple(dict.fromkeys(names)), path, owner, handles, label, layout, op, index, block, op.meta.get("call", 0))
 
-    def _embed_site(self, op, affine):
+    def _one_per_sum(self, lookups):
+        """Of several tables that are looked up by inputs and added up, the largest is the tokens'."""
+        sums = {}
+        for op, role in lookups.items():
+            if role == "embed":
+                sums.setdefault(self._sum(op), []).append(op)
+        for ops in sums.values():
+            tokens = max(ops, key=lambda op: value(self.flow.embeddings[op].w).shape[0])
+            lookups.update({op: "embed.added" for op in ops if op is not tokens})
+
+    def _sum(self, node):
+        while len(node.users) == 1:
+            user = next(iter(node.users))
+            if not (self.flow.is_view(user) or self.flow.name[user] in ("add", "add_", "mul", "div")):
+                break
+            node = user
+        return node
+
+    def _embed_site(self, op, affine, role):
         path, owner, label = self._place(op, affine.w)
-        role = self._lookup(affine.x)
         block, index = self._block_of(path, op)
         layout = Layout("embedding", arguments=affine.arguments)
         return Site(op, role, (role,), path, owner, {"ids": affine.x, "w": affine.w, "y": op}, label, layout, op, index, block, op.meta.get("call", 0))
@@ -233,6 +259,9 @@ class _Survey:
         flow = self.flow
         if self._is_constant(ids):
             return "embed.added"
+        default = self.defaults.get(flow.strip(ids))
+        if default is not None:
+            return {"positions": "embed.position", "zeros": "embed.added"}.get(default, "embed")
         if ids not in flow.content:
             return "embed.position"
         queue, seen = [ids], {ids}
@@ -296,6 +325,20 @@ class _Survey:
         if not left or x is None:
             return []
         return [self._plain("block", ("block",), left[-1], block, {"x": x, "y": left[-1]})]
+
+
+def _joined(claims):
+    """`("attention", "qkv")`: the name of a weight that holds several parts, in their usual order."""
+    stem = min(role.partition(".")[0] for role in claims)
+    leaves = sorted({role.partition(".")[2] for role in claims}, key=lambda leaf: (_PARTS.index(leaf) if leaf in _PARTS else len(_PARTS), leaf))
+    return stem, ("" if all(len(leaf) == 1 for leaf in leaves) else "_").join(leaves)
+
+
+def _defaults(graph):
+    """Placeholder → what leaving that input out means ("positions", "zeros", …), where the captured signature knows it."""
+    entry = getattr(graph.signature, "entries", {}).get(graph.name)
+    known = {slot.name: slot.default for slot in entry.slots if slot.default is not None and not slot.path} if entry is not None else {}
+    return {node: known[name] for name, node in zip(graph.inputs, graph.placeholders) if name in known}
 
 
 def _unclaimed(flow, op, affine):

@@ -19,7 +19,7 @@ from .site import Roles, Site
 
 WEIGHTS = (
     "linear", "attention.q", "attention.k", "attention.v", "attention.o", "attention.gate", "attention.position", "attention.latent.q", "attention.latent.kv",
-    "mlp.gate", "mlp.up", "mlp.down", "expert.gate", "expert.up", "expert.down", "router", "mixer.in", "mixer.inner", "mixer.out", "head", "head.hidden",
+    "mlp.gate", "mlp.up", "mlp.down", "expert.gate", "expert.up", "expert.down", "router", "mixer.in", "mixer.conv", "mixer.inner", "mixer.out", "head", "head.hidden",
     "conv", "embed", "embed.position", "embed.patch", "embed.added", "norm",
 )  # fmt: skip
 FUSED = ("attention.qkv", "attention.kv", "mlp.gate_up", "expert.gate_up")  # several of the above in one weight, found by these names alone
@@ -81,22 +81,24 @@ def parse(where, place="where") -> Where:
     )
 
 
-def select(roles: Roles, where, default="linear", subject="this step") -> list[Site]:
+def select(roles: Roles, where, default="linear", strict=True) -> list[Site]:
     """The sites that a where picks, in graph order, each once. Refused when there is none, or not as many as `expect` says.
 
-    A where of a path alone picks among the sites of the role `default`. `subject` names who asks, for the message.
+    A where of a path alone picks among the sites of the role `default`. Not `strict` (for a variant, which runs a part of the model): whatever is found.
     """
     where = parse(where)
     found = [site for site in roles if where.hits(site)]
     found = _narrowed(where, found, _default(default))
+    if not strict:
+        return found
     if not found:
-        raise Refused(f"{subject} found no site for {_quoted(where.text)}.  This model has: {roles.summary()}.")
+        raise Refused(f"found no site for {_quoted(where.text)}.  This model has: {roles.summary()}.")
     for each in where.either or (where,):
         count = len(found) if each is where else len(_narrowed(each, [site for site in found if each.hits(site)], _default(default)))
         if each.expect is not None and count != each.expect:
-            raise Refused(f"{subject} found {_sites(count)} for {_quoted(each.text)}, expected {each.expect}.  This model has: {roles.summary()}.")
+            raise Refused(f"found {_sites(count)} for {_quoted(each.text)}, expected {each.expect}.  This model has: {roles.summary()}.")
         if not count:
-            raise Refused(f"{subject} found no site for {_quoted(each.text)}.  This model has: {roles.summary()}.")
+            raise Refused(f"found no site for {_quoted(each.text)}.  This model has: {roles.summary()}.")
     return found
 
 
