@@ -18,6 +18,6 @@ class Freeze(Pass):
 
     def apply(self, edit, sites):
         for site in sites:
-            for path in edit.tensors(site):
+            for path in edit.tensors(site, sites):
                 edit.freeze(path)
         return [(site.name, site.role) for site in sites]

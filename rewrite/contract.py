@@ -122,11 +122,14 @@ class Edit:
         self.attributes = {node.target: node for node in graph.nodes if node.op == "get_attr"}
         self.top = next((n for n in graph.nodes if n.op not in ("placeholder", "get_attr")), None)
         self.fake_mode = graph.fake_mode
-        self.dtypes = {}
+        # the graph's fake values stand for the real ones under another dtype (capture's marker) and, for models on meta, another device
+        self.dtypes, self.devices = {}, {}
         for path, node in self.attributes.items():
             value = node.meta.get("val")
             if isinstance(value, torch.Tensor) and value.is_floating_point():
-                self.dtypes.setdefault(g.attribute(graph.root, path).dtype, value.dtype)
+                real = g.attribute(graph.root, path)
+                self.dtypes.setdefault(real.dtype, value.dtype)
+                self.devices.setdefault(real.device, value.device)
 
     # ---- reading ------------------------------------------------------------------------------------------------------
     def live(self, node):
@@ -183,10 +186,11 @@ class Edit:
             return g.attribute(self.graph.root, node.target).detach()
         fake = node.meta["val"]
         size = [s if isinstance(s, int) else 1 for s in g.shape(node)]
-        real = {new: old for old, new in self.dtypes.items()}.get(fake.dtype, fake.dtype)
-        return torch.empty(size, dtype=real, device=fake.device)
+        dtype = {new: old for old, new in self.dtypes.items()}.get(fake.dtype, fake.dtype)
+        device = {new: old for old, new in self.devices.items()}.get(fake.device, fake.device)
+        return torch.empty(size, dtype=dtype, device=device)
 
-    def reason(self, site):
+    def reason(self, site, sites):
         """Why the pass declines a site, or None."""
         options = self.step.options
         operation, rows = self.operation(site), site.layout.rows
@@ -198,7 +202,16 @@ class Edit:
                 return "its convolution has groups: the rows of another weight would not see all of x"
         if rows is not None and rows.listed is not None:
             return f"its {len(rows)} rows of the fused projection follow no regular pattern"
+        if rows is not None and self._trained(site) and self._covered(site, sites) < rows.total:
+            return "its bias is one tensor for the whole fused projection: name all of its parts, for example attention.{q,k,v}"
         return options.refuse(**self.given(site, _wants(options.refuse)))
+
+    def _trained(self, site):
+        return self.step.options.trains(**self.given(site, _wants(self.step.options.trains)))
+
+    def _covered(self, site, sites):
+        """How many rows of the site's fused projection the chosen sites cover together."""
+        return sum(len(other.layout.rows) for other in sites if other.operation is site.operation and other.layout.rows is not None)
 
     # ---- new tensors ----------------------------------------------------------------------------------------------------
     def path(self, site, name):
@@ -207,27 +220,38 @@ class Edit:
 
     def params(self, site):
         """The new tensors of a site, name → path on the tree; made under a generator seeded by (spec seed, site path), or found there."""
-        options = self.step.options
-        names = _wants(options.params)
         base = self.path(site, "")
-        number = int.from_bytes(hashlib.blake2b(f"{self.seed}/{base}".encode(), digest_size=8).digest(), "little") >> 1
+        known = self.memo.get(("names", base))
+        if known is not None:
+            return known  # made for another variant, or for another call of the same module
         operation = self.operation(site)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(number)
-            given = self.given(site, names)
-            if operation is not None and operation.kind == "experts" and isinstance(given.get("w"), torch.Tensor):
-                each = [options.params(**{**given, "w": w}) for w in given["w"]]
-                new = {name: torch.stack([one[name] for one in each]) for name in each[0]}
-            else:
-                new = options.params(**given)
+        given = self.given(site, _wants(self.step.options.params))
+        if all(v.is_meta for v in given.values() if isinstance(v, torch.Tensor)):
+            # no values to make: the shapes of one site serve all alike
+            key = ("params", self.step.options, operation and operation.kind, tuple((n, tuple(v.shape), v.dtype) if isinstance(v, torch.Tensor) else (n, v) for n, v in given.items()))
+            template = self.memo.get(key) or self.memo.setdefault(key, self._new(operation, given))
+            new = {name: torch.empty_like(value) for name, value in template.items()}
+        else:
+            number = int.from_bytes(hashlib.blake2b(f"{self.seed}/{base}".encode(), digest_size=8).digest(), "little") >> 1
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(number)
+                new = self._new(operation, given)
         paths = {}
         for name, value in new.items():
             path = paths[name] = f"{base}.{name}"
-            if path not in self.made:
-                self._free(path)
-                g.install(self.graph.root, path, nn.Parameter(value))
-                self.made[path] = self.kind
+            self._free(path)
+            g.install(self.graph.root, path, nn.Parameter(value))
+            self.made[path] = self.kind
+        self.memo["names", base] = paths
         return paths
+
+    def _new(self, operation, given):
+        """What `params` gives; where the site has experts it is asked once for each, and the answers are stacked."""
+        params = self.step.options.params
+        if operation is None or operation.kind != "experts" or given.get("w") is None:
+            return params(**given)
+        each = [params(**{**given, "w": w}) for w in given["w"]]
+        return {name: torch.stack([one[name] for one in each]) for name in each[0]}
 
     def _free(self, path):
         module = self.graph.root
@@ -240,16 +264,21 @@ class Edit:
             module = child
 
     def attribute(self, path):
-        """The get_attr node of a path; made at the top of the graph where there is none."""
+        """The get_attr node of a path, at the top of the graph; made where there is none."""
         node = self.attributes.get(path)
+        if node is not None:
+            self.top.prepend(node)
         if node is None:
             with self.graph.fx.inserting_before(self.top):
                 node = self.graph.fx.create_node("get_attr", path)
             value = g.attribute(self.graph.root, path)
             meta = {"path": path.rpartition(".")[0], "made": self.kind}
             if isinstance(value, torch.Tensor):
-                with self.fake_mode:
-                    meta["val"] = torch.empty(value.shape, dtype=self.dtypes.get(value.dtype, value.dtype), device=value.device)
+                kind = (self.fake_mode, value.shape, self.dtypes.get(value.dtype, value.dtype), self.devices.get(value.device, value.device))
+                if kind not in self.memo:
+                    with self.fake_mode:
+                        self.memo[kind] = torch.empty(value.shape, dtype=kind[2], device=kind[3])
+                meta["val"] = self.memo[kind]
             node.meta = meta
             self.attributes[path] = self.by_name[node.name] = node
         return node
@@ -259,7 +288,7 @@ class Edit:
         """All nouns of the pass at one site."""
         options = self.step.options
         paths = self.params(site)
-        for name in options.trains(**self.given(site, _wants(options.trains))):
+        for name in self._trained(site):
             operation = self.operation(site)
             self.train(operation.weight if operation and name == "w" else operation.bias if operation and name == "b" else site.handles[name].target)
         for noun in options.nouns():
@@ -281,8 +310,14 @@ class Edit:
         parameter.requires_grad_(False)
         self.report.trains.difference_update(names_of(self.graph.root, parameter))
 
-    def tensors(self, site):
-        """The paths of the parameters that a site reads, base and new: of a region, all that its nodes read."""
+    def tensors(self, site, sites):
+        """The paths of the parameters that a site reads, base and new: of a region, all that its nodes read.
+
+        Refused for a part of a fused projection whose other parts are not among `sites`: its weight is one tensor.
+        """
+        rows = site.layout.rows
+        if rows is not None and self._covered(site, sites) < rows.total:
+            raise Refused(f"{self.step.place}: {self.kind} at {site.name}: its weight is one tensor for the whole fused projection. Name all of its parts, for example attention.{{q,k,v}}.")
         if site.role == "model":
             return [name for name, _ in self.graph.root.named_parameters()]
         start, end = self.handle(site, "x"), self.handle(site, "y")

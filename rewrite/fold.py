@@ -168,7 +168,7 @@ def _dilation(node, n):
 def _valid(target, args):
     """A convolution's arguments with stride 1 and no padding: each tap is then read once."""
     n = args[1].dim() - 2
-    dilation = args[5] if len(args) > 5 else 1
+    dilation = args[5] if len(args) > 5 else [1] * n
     return (args[0], args[1], args[2] if len(args) > 2 else None, [1] * n, [0] * n if not str(target).endswith("padding") else "valid", dilation)
 
 
@@ -180,17 +180,9 @@ def fold(edit, *, partial=False):
     graph = edit.graph
     regions = [_Region(edit, node) for node in graph.nodes if Operation.of(node) is not None and "made" not in node.meta]
     regions = [region for region in regions if region.made]
-    reasons = {region: region.reason() for region in regions}
-    known = {id(n) for region in regions for n in region.made}
-    loose = {n.meta["site"]: n.meta["made"] for n in graph.nodes if "made" in n.meta and "site" in n.meta and id(n) not in known}
-    refused = [f"{region.path}: {reason}" for region, reason in reasons.items() if reason]
-    refused += [f"{path}: what {made} added there is not around an affine operation on a weight" for path, made in loose.items()]
-    if refused and not (partial and any(reason is None for reason in reasons.values())):
-        more = f"\n… and {len(refused) - 5} more" if len(refused) > 5 else ""
-        advice = 'Say "partial": true to merge the rest.' if any(reason is None for reason in reasons.values()) else "There is nothing to merge."
-        raise Refused("merge: cannot fold\n" + "\n".join(refused[:5]) + f"{more}\n{advice}")
-    folding = [region for region, reason in reasons.items() if reason is None]
+    folding = _decided(edit, regions, partial) if edit.main else [r for r in regions if r.path in edit.memo["folding"]]
     if edit.main:
+        edit.memo["folding"] = {region.path for region in folding}
         values = {region.path: (region, *region.evaluate()) for region in folding}
         for region, weight, bias in values.values():
             _set(edit, region, weight, bias)
@@ -202,6 +194,21 @@ def fold(edit, *, partial=False):
         del edit.made[path]
     edit.restructured = True
     return [(region.path, "linear") for region in folding]
+
+
+def _decided(edit, regions, partial):
+    """The regions that fold, found on the main graph; the other variants follow it."""
+    reasons = {region: region.reason() for region in regions}
+    known = {id(n) for region in regions for n in region.made}
+    loose = {n.meta["site"]: n.meta["made"] for n in edit.graph.nodes if "made" in n.meta and "site" in n.meta and id(n) not in known}
+    refused = [f"{region.path}: {reason}" for region, reason in reasons.items() if reason]
+    refused += [f"{path}: what {made} added there is not around an affine operation on a weight" for path, made in loose.items()]
+    folding = [region for region, reason in reasons.items() if reason is None]
+    if refused and not (partial and folding):
+        more = f"\n… and {len(refused) - 5} more" if len(refused) > 5 else ""
+        advice = 'Say "partial": true to merge the rest.' if folding else "There is nothing to merge."
+        raise Refused("merge: cannot fold\n" + "\n".join(refused[:5]) + f"{more}\n{advice}")
+    return folding
 
 
 def _set(edit, region, weight, bias):

@@ -12,7 +12,7 @@ Nothing else. Every node carries `meta["path"]` (the module it came from) and `m
 import copy as _copy
 import math
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import sympy
 import torch
@@ -105,6 +105,23 @@ class Graph:
     def all(self):
         """This graph and its variants."""
         return [self, *self.variants.values()]
+
+    def copy(self):
+        """The same graphs over a tree of their own: frozen tensors share storage, trainable ones are copies."""
+        root = clone_tree(self.root)
+        for parameter in root.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.clone()
+        twins = {}
+        for part in self.all():
+            nodes, env = fx.Graph(), {}
+            for node in part.nodes:
+                env[node] = nodes.node_copy(node, lambda n: env[n])
+                env[node].meta = dict(node.meta)
+            twins[part.name] = replace(part, fx=nodes, root=root, opaque=dict(part.opaque), notes=list(part.notes), variants={})
+        main, *rest = twins.values()
+        main.variants.update((part.name, part) for part in rest)
+        return main
 
 
 def attribute(root, path):

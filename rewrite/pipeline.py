@@ -3,18 +3,18 @@
     rewrite(model, spec)  =  capture → (apply → verify) per pass → live model
 """
 
+import copy
+import dataclasses
 import time
 
 from .capture import capture
 from .contract import Edit
 from .emit.live import make_live
 from .errors import Refused
-from .graph import attribute
 from .report import Applied, Report, Size
 from .roles import roles
 from .spec import Spec
-from .store import fingerprint
-from .text import show
+from .fingerprint import fingerprint
 from .verify import Record, verify
 from .where import select
 
@@ -30,11 +30,30 @@ def rewrite(model, spec, example=None, *, donate=False):
     Raises SpecError before the model is looked at, Refused for what this model cannot have, Broken where an invariant does not hold.
     """
     spec = Spec.parse(spec)
+    base = fingerprint(model)
     graph = capture(model, example)
     report = apply(graph, spec)
+    return _live(graph, spec, report, base)
+
+
+def _live(graph, spec, report, base):
     live = make_live(graph)
-    live.__dict__.update(graph=graph, spec=spec, report=report, _base=fingerprint(model) if False else None)
+    live.__dict__.update(graph=graph, spec=spec, report=report, _base=base)
     return live
+
+
+def merge(live, *, partial=False):
+    """A live model in which everything that the passes added is folded into the base weights; `live` stays as it is.
+
+    partial: leave in place what cannot be folded (an adapter with an activation, a gate) instead of refusing. Raises Refused with the reasons.
+    """
+    if live.graph is None:
+        raise Refused("merge: this live model has left its graph behind (it was unpickled). Use save(live, folder) and load(model, folder) instead of pickle.")
+    graph, report = live.graph.copy(), copy.deepcopy(live.report)
+    (step,) = Spec.parse({"passes": [{"pass": "merge", "partial": partial}]}).passes
+    step = dataclasses.replace(step, place="merge(live)")
+    _apply_steps(graph, (step,), live.spec.seed, report)
+    return _live(graph, dataclasses.replace(live.spec, passes=(*live.spec.passes, step)), report, live._base)
 
 
 def apply(graph, spec):
@@ -42,23 +61,27 @@ def apply(graph, spec):
     report = Report(opaque=dict(graph.opaque), notes=list(graph.notes))
     for parameter in graph.root.parameters():
         parameter.requires_grad_(False)
-    records = [Record.of(part, report) for part in graph.all()]
-    found = [roles(part) for part in graph.all()]
+    _apply_steps(graph, spec.passes, spec.seed, report)
+    return report
+
+
+def _apply_steps(graph, steps, seed, report):
+    graphs = graph.all()
+    records = [Record.of(part, report, graphs) for part in graphs]
+    found = [roles(part) for part in graphs]
     memo = {}
-    for step in spec.passes:
+    for step in steps:
         start, before = time.perf_counter(), Size.of(graph.root)
-        sites, refused = (), ()
-        for number, part in enumerate(graph.all()):
-            edit = Edit(part, graph.all(), step, spec.seed, report, memo)
+        for number, part in enumerate(graphs):
+            edit = Edit(part, graphs, step, seed, report, memo)
             done = run(edit, found[number])
             if number == 0:
                 sites, refused = done
             if edit.restructured:
                 found[number] = roles(part)
-        for part, record in zip(graph.all(), records):
+        for part, record in zip(graphs, records):
             verify(part, record, step.method)
         report.applied.append(Applied(step.method, step.name, step.place, sites, refused, before, Size.of(graph.root), time.perf_counter() - start))
-    return report
 
 
 def run(edit, found):
@@ -75,7 +98,7 @@ def run(edit, found):
         sites = []  # a part of the model that this variant does not run
     if hasattr(options, "apply"):
         return tuple(options.apply(edit, sites)), ()
-    refused = [(site, reason) for site in sites if (reason := edit.reason(site))]
+    refused = [(site, reason) for site in sites if (reason := edit.reason(site, sites))]
     if refused and main and not step.allow_refusals:
         raise Refused(_refusals(step, refused, len(sites)))
     if main and len(refused) == len(sites):

@@ -5,8 +5,10 @@
 
 from dataclasses import dataclass, field
 
+import sympy
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from . import graph as g
 from .body import signature
@@ -17,21 +19,22 @@ from .text import diff, line
 
 @dataclass
 class Record:
-    """What must stay: the inputs and outputs of the captured graph, the tied parameters; and what the passes declared (`report`)."""
+    """What must stay: the inputs and outputs of the captured graph, the tied parameters; what the passes declared (`report`); `graphs` are all variants over the tree."""
 
     inputs: tuple
     outputs: int
     tied: tuple[tuple[str, ...], ...]
     report: Report
+    graphs: list
     known: dict = field(default_factory=dict)
 
     @staticmethod
-    def of(graph, report):
+    def of(graph, report, graphs):
         groups = {}
         for name, parameter in graph.root.named_parameters(remove_duplicate=False):
             groups.setdefault(id(parameter), []).append(name)
         tied = tuple(tuple(names) for names in groups.values() if len(names) > 1)
-        return Record(tuple(n.target for n in graph.placeholders), len(_output(graph).args[0]), tied, report)
+        return Record(tuple(n.target for n in graph.placeholders), len(_output(graph).args[0]), tied, report, graphs)
 
 
 def _output(graph):
@@ -78,6 +81,8 @@ def shapes_agree(graph, record):
     for node in graph.nodes:
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
+        if "made" not in node.meta and not any("made" in n.meta for n in node.all_input_nodes):
+            continue  # as it was captured
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
         key = (node.target, signature(args), tuple((k, signature(v)) for k, v in kwargs.items()))
         try:
@@ -88,13 +93,21 @@ def shapes_agree(graph, record):
             if any(n.meta.get("val") is None for n in node.all_input_nodes) or torch.Tag.data_dependent_output in node.target.tags or torch.Tag.dynamic_output_shape in node.target.tags:
                 continue  # a flag, a live dtype, or a size that only the data gives
             try:
-                with mode, torch.no_grad():
+                with mode, torch.no_grad(), enable_python_dispatcher():
                     found = signature(node.target(*args, **kwargs))
             except (RuntimeError, TypeError, ValueError, IndexError) as error:
                 return f"{line(node)}: {str(error).splitlines()[0]}"
             record.known[key] = found
-        if found != signature(node.meta.get("val")):
-            return f"%{node.name} gives {found}, its users were written for {signature(node.meta.get('val'))}"
+        wanted = signature(node.meta.get("val"))
+        if found != wanted and _at_hint(found, mode) != _at_hint(wanted, mode):
+            return f"%{node.name} gives {found}, its users were written for {wanted}"
+
+
+def _at_hint(found, mode):
+    """A signature at the sizes of the example: `Min(64, s)` and `s` are one where s was 7."""
+    if isinstance(found, tuple):
+        return tuple(_at_hint(part, mode) for part in found)
+    return found.xreplace(mode.shape_env.var_to_val) if isinstance(found, sympy.Basic) else found
 
 
 def signature_kept(graph, record):
@@ -108,7 +121,7 @@ def signature_kept(graph, record):
 
 def no_orphans(graph, record):
     """Every new tensor is read by some variant of the graph."""
-    used = {node.target for part in graph.all() for node in part.nodes if node.op == "get_attr"}
+    used = {node.target for part in record.graphs for node in part.nodes if node.op == "get_attr"}
     for path in record.report.made:
         if path not in used:
             return f"@{path} was made, and nothing reads it"
