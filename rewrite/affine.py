@@ -208,7 +208,7 @@ def rows_in(flow, operation, inside):
     followed = {operation}
     for node in way:
         for user in node.users:
-            if user in members and user not in followed and (flow.is_view(user) or _keeps_rows(flow, user, node, followed)):
+            if user in members and user not in followed and node in flow.reads[user] and (flow.is_view(user) or _keeps_rows(flow, user, node, followed)):
                 followed.add(user)
                 way.append(user)
                 narrowed = narrowed or flow.narrows(user)
@@ -219,7 +219,7 @@ def rows_in(flow, operation, inside):
     for node in sorted(way, key=flow.place.__getitem__):
         if node is not operation:
             numbers[node] = _send(flow, node, numbers)
-        users = [user for user in node.users if user in members]
+        users = [user for user in node.users if user in members and node in flow.reads[user]]
         last = node is inside[0] or any(user not in followed for user in users)
         if numbers[node] is None and (last or users):
             return Rows(0, 0, total, total)
@@ -240,7 +240,7 @@ def union(claims, total):
 
 def _keeps_rows(flow, user, node, followed):
     """An elementwise op on one followed value (a bias, a scale, an activation) leaves each row where it is."""
-    if not flow.is_elementwise(user) or value(user) is None or value(node) is None or tuple(value(user).shape) != tuple(value(node).shape):
+    if not flow.is_elementwise(user) or not flow.same_shape(user, node):
         return False
     return all(parent is node or parent not in followed for parent in tensors(user))
 
@@ -259,6 +259,8 @@ def _send(flow, node, numbers):
         return _number(a.meta.get("val"))
 
     try:
+        if name in ("view", "_unsafe_view"):  # the numbers may lie in memory otherwise than the values
+            return torch.reshape(numbers[node.args[0]], fx.node.map_arg(node.args[1], argument))
         return node.target(*fx.node.map_arg(node.args, argument), **fx.node.map_arg(node.kwargs, argument))
     except (RuntimeError, IndexError, TypeError, ValueError):
         return None

@@ -53,7 +53,7 @@ def find_residuals(flow):
         a, b = node.args[:2]
         if not (isinstance(a, fx.Node) and isinstance(b, fx.Node) and a in flow.content and b in flow.content and a is not b):
             continue
-        if len(value(node).shape) < 2 or not tuple(value(a).shape) == tuple(value(b).shape) == tuple(value(node).shape):
+        if value(node).dim() < 2 or not flow.same_shape(a, b, node):
             continue
         found = next((found for s, t in ((a, b), (b, a)) if (found := _residual(flow, residuals, node, s, t)) is not None), None)
         if found is not None:
@@ -90,7 +90,7 @@ def branches(flow, residual, attention_of):
     found, queue = [], [residual.branch]
     for node in queue:
         core = flow.strip(node)
-        if flow.name[core] in _ADDS and core not in flow.stream and len(flow.parents(core)) == 2 and tuple(value(core.args[0]).shape) == tuple(value(core.args[1]).shape):
+        if flow.name[core] in _ADDS and core not in flow.stream and len(flow.parents(core)) == 2 and flow.same_shape(*core.args[:2]):
             sides = [_kinds(flow, side, attention_of) for side in core.args[:2]]
             if sides[0] != sides[1] and all(sides):
                 queue += core.args[:2]

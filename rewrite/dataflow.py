@@ -12,7 +12,7 @@ import operator
 
 import torch
 
-from .graph import attribute
+from .graph import attribute, shape
 
 _VIEWS = frozenset(
     "view _unsafe_view reshape transpose permute t mT expand expand_as contiguous clone alias unsqueeze squeeze flatten unflatten movedim moveaxis swapaxes swapdims "
@@ -23,6 +23,7 @@ _CASTS = frozenset("to _to_copy type_as detach detach_ lift_fresh float half bfl
 _DROPS = frozenset("dropout native_dropout feature_dropout alpha_dropout dropout_".split())
 _NARROWING = frozenset("slice select narrow split split_with_sizes chunk unbind unsafe_chunk unsafe_split unsafe_split_with_sizes tensor_split".split())
 # Regular axes are reordered but never dropped or doubled: the module tree calls these the same value.
+_COPIES = frozenset("index index_select cat stack concat repeat clone contiguous roll flip repeat_interleave tile to _to_copy dropout".split())
 _REORDERS = frozenset("view _unsafe_view reshape transpose permute t mT contiguous clone alias unsqueeze squeeze flatten unflatten movedim moveaxis".split())
 _NONLINEAR = frozenset(
     "relu relu_ gelu gelu_ silu silu_ sigmoid sigmoid_ tanh tanh_ elu elu_ selu celu leaky_relu leaky_relu_ hardswish hardswish_ hardsigmoid hardtanh hardtanh_ "
@@ -31,6 +32,7 @@ _NONLINEAR = frozenset(
 PRODUCTS = frozenset("matmul mm bmm baddbmm addmm addbmm einsum linalg_vecdot dot mv _grouped_mm".split())
 _MIXING = PRODUCTS | frozenset("cumsum cumprod logcumsumexp cummax associative_scan scan while_loop cond stft fft_fft fft_fft2 fft_rfft convolution conv1d conv2d conv3d".split())
 _ELEMENTWISE = _NONLINEAR - {"glu"} | frozenset("add add_ sub sub_ mul mul_ div div_ neg clamp clamp_ clamp_min clamp_max masked_fill rsub reciprocal rsqrt sqrt minimum maximum".split())
+_SHAPED_LIKE = frozenset("new_empty new_zeros new_ones new_full empty_like zeros_like ones_like full_like rand_like randn_like sym_size".split())
 _SCALINGS = frozenset("mul mul_ div div_".split())
 
 
@@ -66,19 +68,37 @@ class Flow:
         self.nodes = list(graph.nodes)
         self.place = {node: i for i, node in enumerate(self.nodes)}
         self.name = {node: op_name(node) for node in self.nodes}
+        self.reads = {node: () if self.name[node] in _SHAPED_LIKE else tensors(node) for node in self.nodes}
+        self.content = frozenset()
+        self._shapes = {}
+        self.writes = self._writes()
         self.live = self._onward(set())
         self.content = self.live
         self.affine = {}  # operation → Affine, filled by affine.py
         self.stream = set()  # values on a residual stream, filled by branches.py
         self.embeddings = {}  # lookup → Affine, filled by affine.py
 
+    def _writes(self):
+        """Tensor → the ops that write into a part of it (`k[..., :n] = x`): to a reader of the tensor they are inputs."""
+        writes = {}
+        for node in self.nodes:
+            if not (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable and node.args and isinstance(node.args[0], torch.fx.Node)):
+                continue
+            base = node.args[0]
+            while self.is_view(base) and self.name[base] not in _COPIES and isinstance(base.args[0], torch.fx.Node):
+                base = base.args[0]
+            if base is not node.args[0] and base.op == "call_function":
+                writes.setdefault(base, []).append(node)
+        return writes
+
     def _onward(self, seeds):
         """The nodes that depend on inputs or opaque modules, or on one of the seeds."""
         found = set(seeds)
         for node in self.nodes:
-            if node.op in ("placeholder", "call_module") or any(n in found for n in tensors(node)):
+            if node.op in ("placeholder", "call_module") or any(n in found for n in self.reads[node]):
                 found.add(node)
-        return found
+        fresh = {base for base, ops in self.writes.items() if base not in found and any(n in found for op in ops for n in self.reads[op])}
+        return self._onward(seeds | fresh) if fresh else found
 
     def add_learned(self):
         """Count as content what affine ops make of values that depend on no input (learned queries); called when `affine` is known."""
@@ -99,8 +119,9 @@ class Flow:
         return inside, [end for end in ends if end in self.affine and end not in self.stream and end not in stop]
 
     def parents(self, node):
-        """The tensor inputs of a node that carry content."""
-        return [n for n in tensors(node) if n in self.content]
+        """The tensor inputs of a node that carry content, and what was written into it later."""
+        found = [n for n in self.reads[node] if n in self.content]
+        return found + [op for op in self.writes[node] if op in self.content] if node in self.writes else found
 
     def strip(self, node, drops=True, scales=True):
         """The value behind reorderings and casts (and dropout, and a multiplication with a number)."""
@@ -116,8 +137,12 @@ class Flow:
                 return node
 
     def _is_whole(self, node):
-        a, b = value(node), value(node.args[0])
-        return a is not None and b is not None and tuple(a.shape) == tuple(b.shape)
+        return self.same_shape(node, node.args[0])
+
+    def same_shape(self, *nodes):
+        """Whether the values are tensors of one shape; sizes are compared as expressions, so that no guard is asked for."""
+        shapes = {self._shapes[n] if n in self._shapes else self._shapes.setdefault(n, None if value(n) is None else shape(n)) for n in nodes}
+        return len(shapes) == 1 and None not in shapes
 
     def _is_number(self, node):
         """Whether a binary op has a number, or a tensor of one element, beside its content."""
@@ -162,8 +187,9 @@ class Flow:
     def onward(self, node, stop=()):
         """The nearest affine ops that read a value (directly or through anything but a stream value), in graph order."""
         found, queue, seen = set(), [node], {node}
+        bases = {op: base for base, ops in self.writes.items() for op in ops} if self.writes else {}
         for current in queue:
-            for user in current.users:
+            for user in (*current.users, *(bases[current].users if current in bases else ())):
                 if user in seen:
                     continue
                 seen.add(user)
@@ -188,7 +214,7 @@ class Flow:
     def is_view(self, node):
         name = self.name[node]
         if name in ("index", "index_select"):
-            return self.parents(node) == [node.args[0]]
+            return [n for n in tensors(node) if n in self.content] == [node.args[0]]
         return name in _VIEWS or name in _CASTS or name in _DROPS or node.target is operator.getitem
 
     def narrows(self, node):

@@ -41,6 +41,11 @@ class _Survey:
         find_projections(flow, self.attentions)
         self.routers = find_routers(flow)
         self.defaults = _defaults(graph)
+        siblings = {}
+        for block in graph.blocks:
+            siblings.setdefault(block.rpartition(".")[0], []).append(block)
+        self._blocks = {block: number for blocks in siblings.values() for number, block in enumerate(blocks)}
+        self._inside = {}
         self.claims = {}  # affine op → {role: rows}
         self.regions = []  # (role, x, y, affine ops)
         self._claim_attention()
@@ -170,12 +175,16 @@ class _Survey:
         return Site(node, role, roles, path, path, handles, block=block, index=index, call=node.meta.get("call", 0), **more)
 
     def _block_of(self, *places):
+        """`(path, number among its siblings)` of the block around a path or node; the first place that lies in one counts."""
         for place in places:
             path = place if isinstance(place, str) else path_of(place)
-            for block in self.graph.blocks:
-                if path == block or path.startswith(block + "."):
-                    siblings = [b for b in self.graph.blocks if b.rpartition(".")[0] == block.rpartition(".")[0]]
-                    return block, siblings.index(block)
+            if path not in self._inside:
+                at = path
+                while at and at not in self._blocks:
+                    at = at.rpartition(".")[0]
+                self._inside[path] = (at, self._blocks[at]) if at else (None, None)
+            if self._inside[path][0] is not None:
+                return self._inside[path]
         return None, None
 
     def _place(self, node, w):
