@@ -207,12 +207,26 @@ class Difference:
     theirs: object
 
 
+@dataclass(eq=False)
+class Cast:
+    """A cast that their run alone made, as ours had that dtype already: of our node `source`, before our node `before`."""
+
+    theirs: fx.Node
+    source: object
+    before: fx.Node
+
+
 class Alignment:
-    """The pairing of two tidied graphs: `pairs` (theirs → ours), `differences`, `counters` (our node or None → path of a counter)."""
+    """The pairing of two tidied graphs, theirs → ours, and what it found.
+
+    `pairs`: their node → our node or a Cast. `differences`; `reads`: Differences whose `theirs` is a Cast to be read instead.
+    `counters`: (our node, path of the counter that theirs adds one to before it).
+    """
 
     def __init__(self, ours, theirs, replacements):
         self.ours, self.theirs, self.replacements = ours, theirs, replacements
-        self.pairs, self.differences, self.counters = {}, [], []
+        self.pairs, self.differences, self.reads, self.counters = {}, [], [], []
+        self.own_casts = {}  # our casts that their run did not make -> what they cast
         self._pair()
 
     def _pair(self):
@@ -227,6 +241,14 @@ class Alignment:
             if self._is_counter(node) and not (other is not None and other.target is node.target):
                 waiting.append(node)
                 continue
+            while other is not None and self._is_cast(other) and not self._same_cast(other, node) and other.target is not node.target:
+                self.own_casts[other] = other.args[0]
+                self.differences.append(Difference(other, "dtype", (), other.meta["val"].dtype, None))
+                place += 1
+                other = first[place] if place < len(first) else None
+            if other is not None and self._is_cast(node) and not self._same_cast(other, node):
+                self.pairs[node] = Cast(node, self.pairs[_laid_out(node.args[0])], other)
+                continue
             if other is None or node.op != other.op or (node.op not in ("placeholder", "output") and node.target is not other.target and node.target != other.target):
                 path = (node if other is None else other).meta.get("path", "")
                 raise Misaligned(path, f"the two runs differ: {other.format_node() if other is not None else 'nothing'} / {node.format_node()}")
@@ -237,6 +259,22 @@ class Alignment:
             self._compare(other, node)
         if place != len(first):
             raise Misaligned(first[place].meta.get("path", ""), f"the two runs differ: {first[place].format_node()} / nothing")
+
+    @staticmethod
+    def _is_cast(node):
+        return node.target is aten.to.dtype and node.args[0].meta["val"].dtype != node.meta["val"].dtype
+
+    def _same_cast(self, ours, theirs):
+        return ours.target is theirs.target and self._means(theirs.args[0], ours.args[0])
+
+    def _means(self, theirs, ours):
+        """Whether their node stands for our value, casts aside that only one run made."""
+        ours, other = _laid_out(ours), self.pairs.get(_laid_out(theirs))
+        while ours in self.own_casts and other is not ours:
+            ours = _laid_out(self.own_casts[ours])
+        while isinstance(other, Cast):
+            other = other.source
+        return other is ours
 
     @staticmethod
     def _is_counter(node):
@@ -261,8 +299,10 @@ class Alignment:
             return
         tensors = [isinstance(value, fx.Node) and not is_size(value) for value in (ours, theirs)]
         if all(tensors):
-            if self.pairs.get(_laid_out(theirs)) is not _laid_out(ours):
+            if not self._means(theirs, ours):
                 raise Misaligned(node.meta.get("path", ""), f"{node.format_node()} reads {ours.name} in one run and {theirs.name} in the other")
+            if isinstance(self.pairs[_laid_out(theirs)], Cast):
+                self.reads.append(Difference(node, name, where, ours, self.pairs[_laid_out(theirs)]))
             return
         if any(tensors):
             raise Misaligned(node.meta.get("path", ""), f"argument {name} of {node.format_node()} is a tensor in one run alone")
@@ -281,13 +321,16 @@ class Alignment:
 class Merge:
     """Writes an alignment's differences into our graph, as reads of what is at hand."""
 
-    def __init__(self, alignment, training, notes):
+    def __init__(self, alignment, training, other_dtype, notes):
+        self.other_dtype = other_dtype
         self.graph, self.alignment, self.training, self.notes = alignment.ours, alignment, training, notes
-        self.partner = {ours: theirs for theirs, ours in alignment.pairs.items()}
+        self.partner = {ours: theirs for theirs, ours in alignment.pairs.items() if not isinstance(ours, Cast)}
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
         self.made = {}
 
     def apply(self):
+        for read in self.alignment.reads:
+            self._write(read, self._cast(read.theirs))
         for difference in self.alignment.differences:
             value = self._value(difference)
             if value is not None:
@@ -302,8 +345,24 @@ class Merge:
         with self.graph.inserting_before(node):
             made = self.graph.create_node(op, target, args)
         made.meta = {key: node.meta[key] for key in ("path", "call", "source") if key in node.meta}
-        self.order[made] = self.order[node] - 0.5
+        self.order[made] = self.order[node] - 0.5 + 1e-6 * len(self.made)
         return made
+
+    def _cast(self, cast):
+        """Our node for a cast that the other run alone made."""
+        if isinstance(cast, fx.Node):
+            return cast
+        if cast not in self.made:
+            source = self._cast(cast.source)
+            ours, theirs = source.meta["val"].dtype, cast.theirs.meta["val"].dtype
+            made = self._before(cast.before, "call_function", aten.to.dtype, (source, ours))
+            made.meta = {**made.meta, **{key: cast.theirs.meta[key] for key in ("path", "call", "source") if key in cast.theirs.meta}, "val": source.meta["val"]}
+            self.made[cast], self.partner[made] = made, cast.theirs
+            if ours != theirs:
+                dtype = self._dtype(made, ours, theirs)
+                if dtype is not None:
+                    made.args = (source, dtype)
+        return self.made[cast]
 
     def _flag(self, node, path):
         """The training flag of the module at a path, read right before a node."""
@@ -315,8 +374,8 @@ class Merge:
 
     def _value(self, difference):
         node, ours, theirs = difference.node, difference.ours, difference.theirs
-        if isinstance(ours, torch.dtype) and isinstance(theirs, torch.dtype):
-            return self._dtype(node, ours, theirs)
+        if isinstance(ours, torch.dtype) and (isinstance(theirs, torch.dtype) or node in self.alignment.own_casts):
+            return self._dtype(node, ours, theirs or self.other_dtype)
         if isinstance(ours, torch.device):
             return None
         pair = _least_of(ours, theirs)

@@ -16,7 +16,6 @@ from torch import fx, nn
 from .align import Alignment, Merge, Misaligned, has_effect, is_size, read_devices, tidy
 from .errors import Refused
 from .graph import Check, Graph, attribute, clone_tree, install
-from .opaque import stand_in
 from .trace import CannotTrace, trace
 from .signature import sign
 from .variants import variants
@@ -60,12 +59,11 @@ class _Capture:
         self.notes = list(getattr(variant, "notes", ()))
         self.modules = dict(model.named_modules())
         self.dtype = _main_dtype(model)
-        self.twin_dtype = torch.float32 if self.dtype == torch.bfloat16 else torch.bfloat16
 
     def graph(self):
         ours, alignment, theirs = self._pair()
         self.tree = ours.tree
-        Merge(alignment, self.variant.mode == "both", self.notes).apply()
+        Merge(alignment, self.variant.mode == "both", self.other_dtype, self.notes).apply()
         if self.variant.mode == "eval" and self.main is not None:
             _flags_by_analogy(ours.graph, self.main, self.notes)
         read_devices(ours.graph)
@@ -82,13 +80,12 @@ class _Capture:
 
     def _pair(self):
         """→ (our trace, the alignment, their trace), modules that cannot be traced or aligned made opaque on the way."""
-        twin = self._twin_settings()
         for _ in range(_ATTEMPTS):
             try:
                 ours = self._trace(training=False, seed=1)
                 failed = self._specialised(ours)
                 if failed is None:
-                    return self._aligned(ours, twin)
+                    return self._aligned(ours)
             except CannotTrace as error:
                 failed = error.stack, error.reason
             except Misaligned as error:
@@ -96,55 +93,58 @@ class _Capture:
             self._give_up(*failed)
         raise Refused(f"{type(self.model).__name__}: after {_ATTEMPTS} attempts there was still a module that could not be captured: {', '.join(self.opaque)}")
 
-    def _twin_settings(self):
-        """The ways in which the second run may differ, boldest first; what fails falls back, and is noted."""
-        training = self.variant.mode == "both"
-        return [dict(training=training, other=True, least=True), dict(training=training, other=False, least=True), dict(training=training, other=True, least=False), dict(training=training, other=False, least=False)]
+    def _twins(self):
+        """(dtype, least sizes) in which the second run may differ, boldest first; other floats go other ways where code asks for a dtype."""
+        others = [dtype for dtype in (torch.bfloat16, torch.float16, torch.float32) if dtype != self.dtype][:2]
+        return [(others[0], True), (others[1], True), (self.dtype, True), (others[0], False), (self.dtype, False)]
 
-    def _aligned(self, ours, settings):
-        reason = None
-        for setting in settings:
+    def _aligned(self, ours):
+        """Our trace with the boldest second run that goes along → (ours, the alignment, theirs). Raises what the last one raised."""
+        training, reasons = self.variant.mode == "both", []
+        for dtype, least in self._twins():
             try:
-                theirs = self._trace(training=setting["training"], seed=2, other=setting["other"], least=setting["least"])
+                theirs = self._trace(training=training, seed=2, dtype=dtype, least=least)
                 alignment = Alignment(ours.graph, theirs.graph, {**ours.replacements, **theirs.replacements})
             except (CannotTrace, Misaligned) as error:
-                reason = reason or error
+                reasons.append(error)
                 continue
-            if not setting["other"]:
-                self.notes.append(f"{self.variant.name}: a run in {self.twin_dtype} did not go along ({reason}); dtypes stay those of the model as captured")
-            self.least = setting["least"]
+            if reasons:
+                kept = "its dtypes stay as captured; " if dtype == self.dtype else ""
+                self.notes.append(f"{self.variant.name}: {kept}in {self._twins()[0][0]} the model goes another way: {reasons[0]}")
+            self.least, self.other_dtype = least, dtype
             return ours, alignment, theirs
-        raise reason
+        raise reasons[-1]
 
-    def _trace(self, training, seed, other=False, least=False):
-        cast = (lambda dtype: self.twin_dtype if dtype == self.dtype else dtype) if other else (lambda dtype: dtype)
-        stand_ins = {path: stand_in for path in self.opaque}
-        result = trace(self.model, self.variant, training=training, cast=cast, seed=seed, least=least, opaque=stand_ins)
+    def _trace(self, training, seed, dtype=None, least=False):
+        cast = (lambda given: dtype if given == self.dtype else given) if dtype else (lambda given: given)
+        result = trace(self.model, self.variant, training=training, cast=cast, seed=seed, least=least, opaque=self.opaque.keys())
         tidy(result.graph)
         return result
 
     def _specialised(self, ours):
         """A symbol that became a number: (modules at work, words); None if all of them stayed symbols."""
-        for guard in ours.guards:
-            fixed = [s for s in guard.condition.free_symbols if isinstance(ours.replacements.get(s), sympy.Integer)]
-            if fixed:
-                name = next((name for name, symbol in ours.symbols.items() if symbol in fixed), str(fixed[0]))
-                return guard.stack, f"{guard.place}: {name} would be fixed at {ours.replacements[fixed[0]]} (a loop over it, or a size that must fit)", name
+        for name, symbol in ours.symbols.items():
+            value = ours.replacements.get(symbol)
+            if isinstance(value, sympy.Integer):
+                asked = [guard for guard in ours.guards if symbol in guard.condition.free_symbols]
+                guard = next((guard for guard in asked if _is_equality(guard.condition)), asked[-1])
+                return guard.stack, f"{guard.place}: {name} would be fixed at {value} {'as it must fit' if guard.torch_asked else 'by the code here'}", name, guard.torch_asked
         return None
 
-    def _give_up(self, stack, reason, symbol=None):
+    def _give_up(self, stack, reason, symbol=None, must_fit=False):
         """Make the innermost module at work opaque, with all of its class; a module that is opaque already sends it outwards."""
-        for path in reversed(stack):
+        for path in () if must_fit else reversed(stack):
             if not path or path == self.variant.owner:
                 break
             if path in self.opaque:
                 continue
             kind = type(self.modules[path])
+            alike = kind.__module__.startswith("torch.nn.")  # what fails in one of torch's own says nothing of the others
             for other, module in self.modules.items():
-                if type(module) is kind:
+                if other == path or (type(module) is kind and not alike):
                     self.opaque.setdefault(other, reason)
             return
-        if symbol is not None and symbol != "batch":
+        if symbol is not None:
             dims = {leaf: {dim: name for dim, name in named.items() if symbol not in name.split("+")} for leaf, named in self.variant.dims.items()}
             self.variant = replace(self.variant, dims=dims)
             self.notes.append(f"{self.variant.name}: {reason}; other values of {symbol} are refused")

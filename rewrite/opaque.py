@@ -1,9 +1,171 @@
-"""A module that stays one call: its output's shapes, learnt by running it alone."""
+"""A module that stays one call: what it returns, learnt by running it alone.
 
+    y = mixer(x)        x: (batch, length, 24)
+    -->
+    %mixer = call_module[backbone.layers.0.mixer](%x)        (batch, length, 24)
+
+It is run at the sizes of the example, and again with each size a little larger: how its outputs grow gives their shapes as sums of
+symbols. Fake tensors do where the module never asks for a value; else small random ones.
+"""
+
+import threading
+
+import sympy
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, track_tensor_tree
+from torch.utils import _pytree as pytree
 
-from .trace import CannotTrace
+from .graph import attribute
+
+CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
+SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_LARGEST = 2**27  # elements that are made up for a module whose own tensors have no values
 
 
 def stand_in(tracer, module, path, args, kwargs):
-    raise CannotTrace([path], NotImplementedError("opaque"))
+    """Write a call of the module at `path` and return fake outputs. Raises TypeError where it takes or gives more than tensors."""
+    given, spec = pytree.tree_flatten((args, kwargs))
+    for value in given:
+        if not isinstance(value, (torch.Tensor, *CONSTANTS, *SIZES)):
+            raise TypeError(f"{path} takes a {type(value).__name__}, which a single call cannot hand over")
+    outputs, made = _outputs(tracer, path, given, spec)
+    proxies = pytree.tree_unflatten([tracer.unwrap_proxy(value) for value in given], spec)
+    proxy = tracer.create_proxy("call_module", path, *proxies)
+    proxy.node.meta["path"] = path
+    with disable_proxy_modes_tracing(), tracer.fake_mode:
+        values = [torch.empty([_symint(tracer, size) for size in entry[0]], dtype=entry[1], device=entry[2]) if isinstance(entry, tuple) else entry for entry in outputs]
+    result = pytree.tree_unflatten(values, made)
+    track_tensor_tree(result, proxy, constant=None, tracer=tracer)
+    return result
+
+
+def _symint(tracer, size):
+    """An int, or a linear expression of the example's symbols as a SymInt."""
+    if isinstance(size, int):
+        return size
+    value = int(size.as_coeff_Add()[0])
+    for symbol, factor in size.as_coefficients_dict().items():
+        if symbol != 1:
+            value = value + int(factor) * tracer.sizes[symbol]
+    return value
+
+
+def _outputs(tracer, path, given, spec):
+    """→ ([(shape of ints and linear expressions, dtype, device) or a constant, …], their tree)."""
+    hints = dict(tracer.hints)
+    symbols = sorted({s for value in given for s in _symbols(value)} & hints.keys(), key=str)
+    run = _runner(tracer, path, spec)
+    first, tree = run(_sized(given, hints))
+    shapes = [list(value.shape) if isinstance(value, torch.Tensor) else None for value in first]
+    grown = [[sympy.Integer(size) for size in shape] if shape is not None else None for shape in shapes]
+    for symbol in symbols:
+        step = 2
+        other, _ = run(_sized(given, hints | {symbol: hints[symbol] + step}))
+        for shape, sums, value in zip(shapes, grown, other):
+            if shape is None:
+                continue
+            for dim, size in enumerate(value.shape):
+                factor = sympy.Rational(size - shape[dim], step)
+                if not factor.is_Integer:
+                    raise TypeError(f"{path} returns a size that does not grow evenly with its inputs")
+                sums[dim] += factor * (symbol - hints[symbol])
+    larger = {symbol: hints[symbol] + 3 + 2 * place for place, symbol in enumerate(symbols)}
+    check, _ = run(_sized(given, hints | larger)) if symbols else (first, tree)
+    for sums, value in zip(grown, check):
+        if sums is not None and [int(size.subs(hints | larger)) for size in map(sympy.sympify, sums)] != list(value.shape):
+            raise TypeError(f"{path} returns sizes that depend on more than sums of its inputs' sizes")
+    described = []
+    for value, sums in zip(first, grown):
+        if sums is None and not isinstance(value, CONSTANTS):
+            raise TypeError(f"{path} returns a {type(value).__name__}, which a single call cannot hand back")
+        described.append(value if sums is None else ([int(size) if size.is_Integer else sympy.expand(size) for size in sums], value.dtype, value.device))
+    return described, tree
+
+
+def _symbols(value):
+    if isinstance(value, torch.Tensor):
+        return {s for size in value.shape for s in _symbols(size)}
+    return value.node.expr.free_symbols if isinstance(value, SIZES) else set()
+
+
+def _number(size, hints):
+    return size if not isinstance(size, SIZES) else int(sympy.sympify(size.node.expr).subs(hints))
+
+
+def _sized(given, hints):
+    """The inputs at sizes of one's own: (shape, dtype, device) for tensors, numbers for sizes."""
+    return [
+        (tuple(_number(size, hints) for size in value.shape), value.dtype, value.device) if isinstance(value, torch.Tensor) else _number(value, hints)
+        for value in given
+    ]
+
+
+def _runner(tracer, path, spec):
+    """inputs as `_sized` gives them → (flat outputs, tree); on fake tensors, from the first failure on with random ones."""
+    attempts = [_fakes, _numbers]
+
+    def run(inputs):
+        while True:
+            try:
+                return _alone(lambda: attempts[0](tracer, path, spec, inputs))
+            except Exception:
+                if len(attempts) == 1:
+                    raise
+                del attempts[0]
+
+    return run
+
+
+def _alone(function):
+    """Run in a thread of its own: tracing modes belong to a thread."""
+    found = {}
+
+    def target():
+        try:
+            found["value"] = function()
+        except Exception as error:
+            found["error"] = error
+
+    thread = threading.Thread(target=target)
+    thread.start()
+    thread.join()
+    if "error" in found:
+        raise found["error"]
+    return found["value"]
+
+
+def _fakes(tracer, path, spec, inputs):
+    from .trace import fake_tree
+
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        module, _ = fake_tree(attribute(tracer.model, path), mode, tracer.cast)
+        values = [torch.empty(value[0], dtype=value[1], device=value[2]) if isinstance(value, tuple) else value for value in inputs]
+        return _call(module, spec, values)
+
+
+def _numbers(tracer, path, spec, inputs):
+    from .graph import clone_tree
+
+    generator = torch.Generator().manual_seed(0)
+
+    def made(shape, dtype, device):
+        if dtype.is_floating_point:
+            return torch.randn(shape, generator=generator).to(device, dtype)
+        return torch.ones(shape, dtype=dtype, device=device)
+
+    with torch.no_grad():
+        module = clone_tree(attribute(tracer.model, path))
+        size = sum(t.numel() for t in (*module.parameters(), *module.buffers()) if t.is_meta)
+        if size > _LARGEST:
+            raise TypeError(f"{path} asks for values, and its own {size:,} have none on the meta device")
+        module._apply(lambda t: made(t.shape, tracer.cast(t.dtype), "cpu") if t.is_meta else t.to(tracer.cast(t.dtype)))
+        values = [made(*value) if isinstance(value, tuple) else value for value in inputs]
+        return _call(module, spec, values)
+
+
+def _call(module, spec, values):
+    for part in module.modules():
+        part.__dict__["training"] = False
+    args, kwargs = pytree.tree_unflatten(values, spec)
+    return pytree.tree_flatten(module(*args, **kwargs))

@@ -47,6 +47,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 from .graph import attribute
 from .leaves import leaves, rebuild
+from .opaque import stand_in
 
 aten = torch.ops.aten
 _CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default, aten.contiguous.default}
@@ -195,11 +196,11 @@ class Casts(ProxyTorchDispatchMode):
 class Tracer(PythonKeyTracer):
     """Writes nodes with the module they come from; tensors of the tree become `get_attr` by path, everything else stays a fake."""
 
-    def __init__(self, tree, paths, leaf_paths):
+    def __init__(self, tree, paths, opaque):
         super().__init__()
         self.paths = {module: path for path, module in tree.named_modules()}
         self.tensors = paths
-        self.opaque = leaf_paths
+        self.opaque = opaque
         self.calls, self.stack, self.constants, self.called = Counter(), [], {}, set()
         self.made, self._constant_nodes = Counter(), {}
         self.failed = None
@@ -250,12 +251,22 @@ class Tracer(PythonKeyTracer):
         self._constant_nodes[path] = node
         return node
 
+    def stand_in(self, module, path, args, kwargs):
+        """One node for the call of a module that is left out; what cannot be handed over sends the failure to its parent."""
+        try:
+            return stand_in(self, module, path, args, kwargs)
+        except Exception:
+            if self.failed is None:
+                self.failed = [entry[0] for entry in self.stack]
+            raise
+
     def call_module(self, module, forward, args, kwargs):
         path = self.paths.get(module)
         if path is None:
             return forward(*args, **kwargs)
         if path in self.opaque:
-            return self.opaque[path](self, module, path, args, kwargs)
+            self.called.add(path)
+            return self.stand_in(module, path, args, kwargs)
         call = self.calls[path]
         self.calls[path] += 1
         self.stack.append((path, call))
@@ -338,12 +349,11 @@ def fake_tree(model, fake_mode, cast):
     return visit(model, ""), paths
 
 
-def trace(model, variant, *, training=False, cast=lambda dtype: dtype, seed=0, least=False, opaque=None):
+def trace(model, variant, *, training=False, cast=lambda dtype: dtype, seed=0, least=False, opaque=()):
     """Run `variant`'s call on fake tensors and write it down.
 
     training: the mode of every module. cast: dtype → dtype of all tensors of the model and of the inputs (twin captures).
-    least: every symbol takes its least size as its example. seed: of torch, numpy and random while tracing. opaque: path → function(tracer, module, path, args, kwargs) for modules that
-    stay one call. Raises CannotTrace with the modules at work. The model is not touched.
+    least: every symbol takes its least size as its example. seed: of torch, numpy and random while tracing. opaque: paths of modules that stay one call. Raises CannotTrace with the modules at work. The model is not touched.
     """
     with torch._functorch.config.patch(fake_tensor_allow_unsafe_data_ptr_access=False):
         env = Shapes(tracked_fakes=[], trace_asserts=True)
@@ -357,8 +367,11 @@ def trace(model, variant, *, training=False, cast=lambda dtype: dtype, seed=0, l
     names, tensors, spec = leaves(variant.kwargs)
     with shapes_config.patch(backed_size_oblivious=not least):
         fakes, sizes = fake_inputs(fake_mode, names, tensors, variant.dims, cast, least)
-        tracer = Tracer(tree, paths, opaque or {})
+        tracer = Tracer(tree, paths, opaque)
         env.tracer, env.asked = tracer, []
+        tracer.model, tracer.cast, tracer.fake_mode = model, cast, fake_mode
+        tracer.sizes = {size.node._expr: size for size in sizes.values()}
+        tracer.hints = {symbol: int(size.node.hint) for symbol, size in tracer.sizes.items()}
         owner = attribute(tree, variant.owner)
         found = {}
 
@@ -384,5 +397,4 @@ def trace(model, variant, *, training=False, cast=lambda dtype: dtype, seed=0, l
     for node, name in zip([n for n in graph.nodes if n.op == "placeholder"], names):
         node.meta["leaf"] = name
     symbols = {name: size.node._expr for name, size in sizes.items()}
-    hints = {size.node._expr: int(size.node.hint) for size in sizes.values()}
-    return Trace(graph, names, found["names"], found["tree"], tracer.constants, env.asked, symbols, hints, dict(env.replacements), tracer.called)
+    return Trace(graph, names, found["names"], found["tree"], tracer.constants, env.asked, symbols, tracer.hints, dict(env.replacements), tracer.called)
