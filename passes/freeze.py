@@ -15,6 +15,7 @@ class Freeze(Pass):
     role = "norm"
     drift = 0.0
     example = {"where": "norm"}
+    shown_after = ({"pass": "unfreeze", "where": "model"},)
 
     def apply(self, edit, sites):
         for site in sites:

@@ -21,6 +21,7 @@ class Merge(Pass):
 
     drift = 1e-5
     example = {}
+    shown_after = ({"pass": "lora", "where": "attention.{q,v}", "rank": 4},)
 
     def requires(self, graph):
         if not any("made" in node.meta for node in graph.nodes):

@@ -38,13 +38,14 @@ class Pass:
     """A named, optioned graph → graph step.
 
     `role` is the default `where`; `drift` the allowed relative change of the output at initialisation (0.0 = bit-equal); `example` a step
-    of a spec that shows the pass; `requires(graph)` gives the reason why the graph is not ready for it, or None. A pass that is not
+    of a spec that shows the pass, `shown_after` the steps that it wants before it; `requires(graph)` gives the reason why the graph is not ready for it, or None. A pass that is not
     site-shaped defines `apply(self, edit, sites)` instead of nouns.
     """
 
     role: ClassVar[str | None] = None
     drift: ClassVar[float] = 0.0
     example: ClassVar[dict] = {}
+    shown_after: ClassVar[tuple[dict, ...]] = ()
 
     def requires(self, graph):
         return None
