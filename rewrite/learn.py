@@ -51,11 +51,12 @@ def twin(model):
     return clone
 
 
-def call(model, kwargs, loss_function=None, owner=""):
+def call(model, kwargs, loss_function=None, owner="", seen=None):
     """What a call returns, as tensors without values → (output, the arguments that it was given, the config at hand).
 
     Runs on the meta device; where the model asks a value, on fake tensors; where that fails too, for real. `loss_function`, if
-    given, stands in for the model's own. Raises what the real call raises.
+    given, stands in for the model's own. `seen`, a list, gets (path, first tensor in, first tensor out) of every module that ran.
+    Raises what the real call raises.
     """
     failures = []
     for attempt in (_on_meta, _on_fakes, _for_real):
@@ -64,12 +65,50 @@ def call(model, kwargs, loss_function=None, owner=""):
             clone.__dict__["_loss_function"] = loss_function
         if attempt is not _for_real and hasattr(clone, "set_experts_implementation"):
             clone.set_experts_implementation("batched_mm")  # the grouped product has no meta kernel for every dtype
+        if seen is not None:
+            del seen[:]
+            for path, module in clone.named_modules():
+                module.register_forward_hook(functools.partial(_see, seen, path), with_kwargs=True)
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 return *attempt(clone.get_submodule(owner), clone, kwargs), clone.__dict__.get("config")
         except FAILURES as failure:
             failures.append(failure)
     raise failures[-1]
+
+
+def _see(seen, path, module, args, kwargs, output):
+    first = lambda *values: next((tensor for value in values for _, tensor in _tensors("", value)), None)
+    seen.append((path, first(*args, *kwargs.values()), first(output)))
+
+
+def hidden_of(output, seen):
+    """Where the hidden states that a call returns come from: field → for each of them (takes, gives, made).
+
+    takes: paths that take it in. gives: paths that give it out. made: (path, paths) where a module makes it of what others gave out.
+    `seen` is what `call` noted.
+    """
+    givers = {}
+    for path, taken, given in seen:
+        givers.setdefault(_whole(given), []).append((path, taken))
+    found = {}
+    for field, states in output.items():
+        if field.endswith("hidden_states") and isinstance(states, tuple):
+            found[field] = tuple(
+                (
+                    tuple(path for path, taken, _ in seen if taken is state),
+                    tuple(path for path, _ in givers.get(_whole(state), ())),
+                    tuple((path, tuple(before for before, _ in givers.get(_whole(taken), ()))) for path, taken in givers.get(_whole(state), ())),
+                )
+                for state in states
+            )
+    return found
+
+
+def _whole(tensor):
+    """The identity of a tensor, or of the one that it is a view of, whole and in the same shape."""
+    base = None if tensor is None else tensor._base
+    return id(base if base is not None and base.shape == tensor.shape and base.stride() == tensor.stride() else tensor)
 
 
 def _map(function, value):

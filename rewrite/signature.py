@@ -11,6 +11,8 @@ are kept at full length where the model attends through a sliding window (the ma
 after the head.
 """
 
+import contextlib
+import functools
 import inspect
 from dataclasses import dataclass
 
@@ -18,7 +20,7 @@ import torch
 
 from . import caches
 from .errors import Refused
-from .graph import attribute
+from .graph import attribute, path_of
 from .leaves import Tree, leaves, rebuild
 from .slots import CACHE, Check, Slot, checks_of, slots_of
 from .variants import Variant, is_hugging_face, variants
@@ -37,15 +39,15 @@ NEXT = "was not captured. Leave it out, or capture again with an example that ha
 
 
 class Call:
-    """One call on its way: `name` of the graph, `values` its flat inputs; the rest is for `pack`."""
+    """One call on its way: `name` of the graph, `values` its flat inputs; the rest is for `pack`.
 
-    __slots__ = ("name", "values", "given", "cache", "sizes")
+    watched: None, or {(kind, block path): tensor}, which `watching` fills while the graph runs.
+    """
 
-    def __init__(self, name, values, given, cache, sizes):
-        self.name, self.values, self.given, self.cache, self.sizes = name, values, given, cache, sizes
+    __slots__ = ("name", "values", "given", "cache", "watched")
 
-    def __iter__(self):
-        return iter((self.name, self.values))
+    def __init__(self, name, values, given, cache, watched):
+        self.name, self.values, self.given, self.cache, self.watched = name, values, given, cache, watched
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,8 @@ class Signature:
     encodes: tuple[str, ...]
     labels: tuple[str, ...]
     loss: object
+    shifts: object
+    hidden: dict[str, tuple[tuple[str, str, str], ...] | None]
     ignored: tuple[str, ...]
 
     @classmethod
@@ -136,6 +140,8 @@ class Signature:
             encodes=tuple(encoder.kwargs) if encoder else (),
             labels=own[0].labels,
             loss=own[0].loss,
+            shifts=own[0].shifts,
+            hidden={field: _sources(states, graphs[own[0].name].blocks, owner) for field, states in own[0].hidden.items()},
             ignored=own[0].ignored,
         )
 
@@ -144,7 +150,10 @@ class Signature:
     def bind(self, live, args, kwargs):
         """The Call of these arguments. Raises Refused with place, reason and next step, and TypeError where Python would."""
         given = self._given(args, kwargs)
-        entry = self._choose(live, given)
+        if self.shifts and given.get("decoder_input_ids") is None and given.get("labels") is not None:
+            given["decoder_input_ids"] = self._shifted(live, given["labels"])
+        watched = self._watched(live, given)
+        entry = self._choose(live, given, watched)
         names = entry.names
         for name in given:
             if name not in names and given[name] is not None:
@@ -173,7 +182,7 @@ class Signature:
             check.hold(sizes, entry.words, what)
         if entry.keeps and cache is None:
             cache = caches.accept(given.get(CACHE), self.encoder is not None, what)
-        return Call(entry.name, values, given, cache, sizes)
+        return Call(entry.name, values, given, cache, watched)
 
     def _given(self, args, kwargs):
         if not args:
@@ -187,7 +196,12 @@ class Signature:
             given[name] = kwargs[name]
         return given
 
-    def _choose(self, live, given):
+    def _shifted(self, live, labels):
+        if isinstance(self.shifts, str):
+            return getattr(live, self.shifts)(labels)
+        return self.shifts(labels, live.config.pad_token_id, live.config.decoder_start_token_id)
+
+    def _choose(self, live, given, watched):
         """The graph that serves this call; runs the encoder's where its outputs are needed and were not handed over."""
         main = next(iter(self.entries.values()))
         if not self.caching:
@@ -212,8 +226,9 @@ class Signature:
         if "past" in self.entries:
             return self.entries["past"]
         if given.get("encoder_outputs") is None:
-            encoder = attribute(live, self.encoder)
-            given["encoder_outputs"] = encoder(**{name: given[name] for name in self.encodes if given.get(name) is not None}, return_dict=True)
+            kept = {name: given[name] for name in self.encodes if given.get(name) is not None}
+            with contextlib.nullcontext() if watched is None else self.watching(live, watched):
+                given["encoder_outputs"] = attribute(live, self.encoder)(**kept, return_dict=True)
         return self.entries["next" if caches.is_filled(cache) else "first"]
 
     def _stray(self, entry, name, value):
@@ -255,6 +270,57 @@ class Signature:
             found += entry.cross.take(cross, sizes, self.what)
         return found
 
+    # ---- hidden states
+
+    def _watched(self, live, given):
+        """{} where hidden states are asked for, None where not. Raises Refused where they cannot be had."""
+        if not self.hugging_face:
+            return None
+        wanted = given.get("output_hidden_states")
+        if wanted is None:
+            wanted = getattr(getattr(live, "config", None), "output_hidden_states", False)
+        if not wanted:
+            return None
+        if wanted is not True or not self.hidden or None in self.hidden.values():
+            raise Refused(f"{self.what}: output_hidden_states={wanted!r}; hidden states that are not what goes in and out of blocks are no outputs of the graph.")
+        modules = {path: kind for states in self.hidden.values() for kind, path, _ in states if kind in ("through", "still")}
+        if live.training and "still" in modules.values():
+            raise Refused(f"{self.what}: output_hidden_states=True in training mode, but a dropout stands behind the last one. Read the blocks with forward hooks.")
+        rewritten = modules.keys() & _rewritten(live)
+        if rewritten:
+            raise Refused(f"{self.what}: output_hidden_states=True, but {sorted(rewritten)[0]}, which makes the last one, was rewritten. Read the blocks with forward hooks.")
+        return {}
+
+    @contextlib.contextmanager
+    def watching(self, live, watched):
+        """While a graph runs: note in `watched` what goes into and out of the blocks that the hidden states come from."""
+        def into(module, args, block):
+            watched.setdefault(("into", block), args[0])
+
+        def out(module, args, output, block):
+            watched["from", block] = output[0] if isinstance(output, tuple) else output
+
+        handles = []
+        for kind, _, block in {state for states in self.hidden.values() for state in states}:
+            module = attribute(live, block)
+            if kind == "into":
+                handles.append(module.register_forward_pre_hook(functools.partial(into, block=block)))
+            else:
+                handles.append(module.register_forward_hook(functools.partial(out, block=block)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hidden(self, live, watched):
+        """The fields of hidden states, from what was noted; fields of blocks that did not run are left out."""
+        for field, states in self.hidden.items():
+            if all((kind if kind == "into" else "from", block) in watched for kind, _, block in states):
+                yield field, tuple(
+                    watched[kind, block] if kind in ("into", "from") else attribute(live, path)(watched["from", block]) for kind, path, block in states
+                )
+
     # ---- out
 
     def pack(self, live, call, flat):
@@ -282,6 +348,8 @@ class Signature:
             fields["loss"] = self._lose(live, given, fields)
         elif not labelled:
             fields.pop("loss", None)
+        if call.watched is not None:
+            fields.update(self._hidden(live, call.watched))
         output = entry.tree.cls(**fields)
         tuples = given.get("return_dict")
         if tuples is None:
@@ -316,6 +384,36 @@ def sign(model, main, variants, trees):
             made[graph.owner] = Signature.of(model, graphs, variants, trees, graph.owner)
         graph.signature = made[graph.owner]
     return main
+
+
+def _sources(states, blocks, owner=""):
+    """Where each hidden state comes from in terms of blocks; None where that cannot be told.
+
+    ("from" | "into", block, block), or ("through", module, block): what the module makes of the block's output; ("still", module,
+    block): the same, in eval mode only, since something else (a dropout) stands behind the module. Paths are relative to `owner`.
+    """
+    found = []
+    relative = lambda *paths: tuple(path.removeprefix(f"{owner}.") if owner else path for path in paths)
+    for takes, gives, made in states:
+        into = next((path for path in takes if path in blocks), None)
+        out = next((path for path in gives if path in blocks), None)
+        through = next(((path, before) for path, source in made for before in source if before in blocks), None)
+        if out is not None:
+            found.append(("from", *relative(out, out)))
+        elif through is not None:
+            alone = all(f"{through[0]}.".startswith(f"{path}." if path else "") for path in gives)
+            found.append(("through" if alone else "still", *relative(*through)))
+        elif into is not None:
+            found.append(("into", *relative(into, into)))
+        else:
+            return None
+    return tuple(found)
+
+
+def _rewritten(live):
+    """The paths of modules that a pass put something into."""
+    graph = getattr(live, "graph", None)
+    return {path_of(node) for node in graph.nodes if node.meta.get("made")} if graph is not None else set()
 
 
 def _count(tree):

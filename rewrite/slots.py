@@ -3,7 +3,9 @@
 import math
 from dataclasses import dataclass, field
 
+import sympy
 import torch
+from torch.utils._sympy.functions import Min
 from torch.utils._sympy.printers import PythonPrinter
 
 from .errors import Refused
@@ -214,11 +216,20 @@ def checks_of(graph, words):
     found = []
     for check in graph.checks:
         formula = Formula.over(check.condition)
-        text = formula.source
+        text = Formula.over(_plainly(check.condition)).source
         for symbol in sorted(formula.symbols, key=len, reverse=True):
             text = text.replace(symbol, words.get(symbol, symbol))
         found.append(Check(formula, text, check.where))
     return tuple(found)
+
+
+def _plainly(condition):
+    """`a == min(a, b)`, which is how tracing asks whether a table is long enough, as `a <= b`."""
+    if isinstance(condition, sympy.Eq):
+        for side, other in (condition.args, condition.args[::-1]):
+            if isinstance(other, sympy.Min | Min) and side in other.args and len(other.args) == 2:
+                return sympy.Le(side, next(arg for arg in other.args if arg != side))
+    return condition
 
 
 def _places(kwargs):

@@ -1,6 +1,7 @@
 """Which calls of a model are captured: the main one, and those by which it generates."""
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -10,7 +11,7 @@ from transformers.utils.generic import find_labels
 from .errors import Refused
 from .inputs import Examples
 from .leaves import FullLayer, leaves, rebuild
-from .learn import FAILURES, Loss, call, is_default, loss_of
+from .learn import FAILURES, Loss, call, hidden_of, is_default, loss_of
 
 IDS = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "decoder_input_ids", "decoder_attention_mask", "decoder_position_ids"}
 
@@ -27,6 +28,9 @@ class Variant:
     mode: "both" (captured in training and in eval mode, then aligned) or "eval" (flags by analogy with the main graph).
     defaults: input name → what leaving it out means: "ones", "zeros" or "positions" (arange from the past's length on).
     labels: names of the inputs that give a loss; `loss`: how it follows from the outputs, None where the graph computes it.
+    shifts: how the model makes `decoder_input_ids` of the labels where they are left out: the name of its method, a function of (labels,
+    pad id, start id), or None if it does not.
+    hidden: where its hidden states come from, see `hidden_of`.
     ignored: arguments that the model takes and never looks at.
     notes: what could not be captured, for the report.
     """
@@ -39,6 +43,8 @@ class Variant:
     defaults: dict[str, str] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
     loss: Loss | None = None
+    shifts: str | Callable | None = None
+    hidden: dict[str, tuple] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -77,8 +83,14 @@ class _Calls:
         self.labels = {name: self.inputs.pop(name) for name in names if name in self.inputs}
         unmasked = {name: value for name, value in self.inputs.items() if not name.endswith("attention_mask")}
         cached = {"use_cache": True} if model.can_generate() and "use_cache" in self.examples.parameters else {}
+        self.hidden, seen = {}, []
         try:
-            self.output, _, _ = call(model, {**unmasked, **cached})
+            self.output, _, _ = call(model, {**unmasked, **cached, "output_hidden_states": True}, seen=seen)
+            self.hidden = hidden_of(self.output, seen)
+        except FAILURES:
+            self.output = None
+        try:
+            self.output = self.output or call(model, {**unmasked, **cached})[0]
         except FAILURES as reason:
             what = "the inputs made from its config; hand over others: example={…}" if example is None else "the example given"
             raise Refused(f"{type(model).__name__} does not accept {what}.\n{type(reason).__name__}: {reason}") from reason
@@ -102,6 +114,8 @@ class _Calls:
             defaults=self.defaults,
             labels=tuple(self.labels) if given else (),
             loss=loss,
+            shifts=self._shifts() if given else None,
+            hidden=self.hidden,
             ignored=("num_items_in_batch",) if given and ignores else (),
         )
 
@@ -132,7 +146,15 @@ class _Calls:
     def encoder_decoder(self):
         """The encoder alone, the decoder's first call on its outputs, and the next ones behind a cache."""
         path, kwargs, outputs, dims = self.encoded
-        encoder = Variant("encoder", path, kwargs, self._dims(kwargs), "eval", {k: v for k, v in self.defaults.items() if k in kwargs})
+        encoder = Variant(
+            "encoder",
+            path,
+            kwargs,
+            self._dims(kwargs),
+            "eval",
+            {name: kind for name, kind in self.defaults.items() if name in kwargs},
+            hidden={"hidden_states": states for field, states in self.hidden.items() if field == "encoder_hidden_states"},
+        )
         mask = {name: self.inputs[name] for name in ("attention_mask",) if name in self.inputs}
         first = {**mask, **self._decoder_inputs(0), "encoder_outputs": outputs}
         empty = EncoderDecoderCache(DynamicCache(), DynamicCache())
@@ -227,6 +249,20 @@ class _Calls:
             if is_default(self.model, rest, name, self._default(name, kind), aside=(name, name.removeprefix("decoder_"))):
                 found[name] = kind
         return found
+
+    def _shifts(self):
+        """How the model makes `decoder_input_ids` of the labels, confirmed by asking it."""
+        if self.encoded is None or "labels" not in self.labels:
+            return None
+        labels, config = self.labels["labels"], self.model.config
+        function = getattr(inspect.getmodule(type(self.model)), "shift_tokens_right", None)
+        for way in ("prepare_decoder_input_ids_from_labels", function):
+            if way is None or (isinstance(way, str) and not hasattr(self.model, way)):
+                continue
+            shifted = getattr(self.model, way)(labels) if isinstance(way, str) else way(labels, config.pad_token_id, config.decoder_start_token_id)
+            if is_default(self.model, {"labels": labels, "encoder_outputs": self.encoded[2]}, "decoder_input_ids", shifted):
+                return way
+        return None
 
     def _default(self, name, kind):
         ids = self.inputs["decoder_input_ids" if name.startswith("decoder_") else "input_ids"]

@@ -87,6 +87,7 @@ def refuse_hooks(model):
 class PlainCall:
     name: str
     values: list
+    watched: None = None
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,11 @@ def _top_forward(base, bodies):
     def forward(self, *args, **kwargs):
         signature = self._signature
         call = signature.bind(self, args, kwargs)
-        return signature.pack(self, call, bodies[call.name](self, *call.values))
+        if call.watched is None:
+            return signature.pack(self, call, bodies[call.name](self, *call.values))
+        with signature.watching(self, call.watched):
+            flat = bodies[call.name](self, *call.values)
+        return signature.pack(self, call, flat)
 
     forward.__signature__ = inspect.signature(base.forward)
     forward.__doc__ = base.forward.__doc__
