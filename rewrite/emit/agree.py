@@ -3,8 +3,7 @@
 The inputs are made up from the graph alone: ids within the tables that they index, masks of zeros and ones with padding on either side.
 """
 
-import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnxruntime
@@ -30,13 +29,23 @@ class Agreement:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Case:
+    """One try: the sizes in words, the inputs for PyTorch and for ONNX Runtime, what PyTorch gives."""
+
+    sizes: str
+    given: dict
+    feeds: dict
+    wanted: list
+
+
 def execute(root, nodes, given, outputs, double=False):
     """Run nodes of a graph in PyTorch, in evaluation; `given` maps placeholders to tensors. Returns the tensors of `outputs`.
 
     With `double` everything that is float32 is float64: a second opinion on what rounding does.
     """
     raised = lambda value: value.double() if double and isinstance(value, torch.Tensor) and value.dtype == torch.float32 else value
-    values = {node: raised(value) for node, value in given.items()}
+    values = {node: raised(value.clone()) for node, value in given.items()}  # a graph may write into its inputs
     last = {source: node for node in nodes for source in node.all_input_nodes}
     kept = {out for out in outputs if isinstance(out, fx.Node)}
     with torch.no_grad():
@@ -73,18 +82,21 @@ def symbols(placeholders):
     return {symbol: 4 if hint is None else hint for symbol, hint in found.items()}
 
 
-def points(graph, placeholders):
-    """Sizes to try, as {symbol: int}, those first that differ most; each meets the graph's checks."""
+def points(graph, placeholders, names):
+    """Sizes to try, as {symbol: int}, an empty cache first, then those that differ most; each meets the graph's checks."""
     hints = symbols(placeholders)
     if not hints:
         return [{}]
-    cached = {form for node in placeholders if ".key" in node.meta.get("input", "") for form in map(expression, node.meta["val"].shape[1:]) if not isinstance(form, int)}
+    bare = lambda wanted: {
+        form for node, name in zip(placeholders, names) for form in map(expression, node.meta["val"].shape)
+        if name.startswith("past_key_values.") == wanted and not isinstance(form, int) and form.is_Symbol
+    }  # fmt: skip
+    cached = bare(True) - bare(False)  # the length of what is cached, and of nothing else
     out = []
     for i, offset in enumerate(OFFSETS):
         point = {symbol: max(1, hint + offset + (j if offset > 0 else 0)) for j, (symbol, hint) in enumerate(hints.items())}
-        if i == 2:
-            empty = {symbol: 0 if symbol in cached else size for symbol, size in point.items()}
-            out.insert(0, empty) if cached else None
+        if i == 2 and cached:
+            out.insert(0, {symbol: 0 if symbol in cached else size for symbol, size in point.items()})
         out.append(point)
     fits = lambda point: point != hints and all(check.condition.subs(point) in (True, 1) or check.condition.subs(point) == True for check in graph.checks)  # noqa: E712
     return [point for point in out if fits(point)]
@@ -147,21 +159,25 @@ def session(path, disabled=(), optimised=True):
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(disabled))
 
 
-def agree(path, graph, nodes, placeholders, outputs, names, place):
-    """Compare a file with the graph at two sizes or more; an `Agreement`, or Broken / Refused in words. `names` are (inputs, outputs)."""
-    cases, reasons = [], []
+def agree(path, graph, nodes, placeholders, outputs, names, words, place):
+    """Compare a file with the graph at two sizes or more; an `Agreement`, or Broken / Refused in words.
+
+    `names` are (inputs, outputs), `words` name the symbols of the sizes, `place` begins each message.
+    """
+    cases, reasons, tried = [], [], []
     device = next((p.device for p in graph.root.parameters()), torch.device("cpu"))
-    for i, point in enumerate(points(graph, placeholders)):
+    for i, point in enumerate(points(graph, placeholders, names[0])):
         generator = torch.Generator().manual_seed(i)
         given = {node: sample(node, point, generator).to(device) for node in placeholders}
         feeds = {name: _numpy(tensor) for name, tensor in zip(names[0], given.values())}
         try:
-            wanted = execute(graph.root, nodes, copy.copy(given), outputs)
+            wanted = execute(graph.root, nodes, given, outputs)
         except (RuntimeError, IndexError, ValueError) as error:
-            reasons.append(f"{_words(point)}: {error}")
+            reasons.append(f"{_text(point, words)}: {error}")
             continue
-        cases.append((point, given, feeds, wanted))
-        if len(cases) >= (3 if any(size == 0 for size in point.values()) or len(cases) > 1 and 0 in cases[0][0].values() else 2):
+        tried.append(point)
+        cases.append(Case(_text(point, words), given, feeds, wanted))
+        if sum(0 not in point.values() for point in tried) == 2:
             break
     if not cases:
         raise Refused(f"{place}: the graph itself does not run at made-up sizes: {'; '.join(reasons[:2])}. Pass check=False to write the file unchecked.")
@@ -169,7 +185,7 @@ def agree(path, graph, nodes, placeholders, outputs, names, place):
 
 
 def _verdict(path, graph, nodes, outputs, names, place, cases):
-    sizes = tuple(_words(point) for point, *_ in cases)
+    sizes = tuple(case.sizes for case in cases)
     worst, where, excess = _worst(_load(path, place), names, cases, place)
     if excess <= 1:
         return Agreement(worst, sizes)
@@ -180,9 +196,9 @@ def _verdict(path, graph, nodes, outputs, names, place, cases):
             return Agreement(error, sizes, disabled, (f"ONNX Runtime's {disabled[0]} is wrong here: InferenceSession(…, disabled_optimizers={list(disabled)})",))
         if rest <= 1:
             return Agreement(error, sizes, (), (f"ONNX Runtime's optimisations are wrong here ({where}): use GraphOptimizationLevel.ORT_DISABLE_ALL",))
-    exact = [execute(graph.root, nodes, copy.copy(given), outputs, double=True) for _, given, _, _ in cases]
-    own = max(difference(_numpy(e), _numpy(w)) for (_, _, _, wanted), es in zip(cases, exact) for e, w in zip(es, wanted))
-    ours = _worst(_load(path, place), names, [(p, g, f, e) for (p, g, f, _), e in zip(cases, exact)], place)[0]
+    exact = [execute(graph.root, nodes, case.given, outputs, double=True) for case in cases]
+    own = max(difference(_numpy(e), _numpy(w)) for case, found in zip(cases, exact) for e, w in zip(found, case.wanted))
+    ours = _worst(_load(path, place), names, [replace(case, wanted=found) for case, found in zip(cases, exact)], place)[0]
     if ours <= 2 * own < 0.1:
         return Agreement(worst, sizes, (), (f"rounding: against float64 the error is {ours:.1e} here and {own:.1e} in PyTorch",))
     raise Broken(f"{place}: ONNX Runtime and PyTorch differ at {where}: error {worst:.1e} of the RMS. No file was written; please report it with this line.")
@@ -199,17 +215,17 @@ def _worst(runner, names, cases, place):
     """(worst error, where, worst error as a multiple of what is allowed)."""
     worst, where, excess = 0.0, "", 0.0
     taken = {item.name for item in runner.get_inputs()}
-    for point, _, feeds, wanted in cases:
+    for case in cases:
         try:
-            got = runner.run(None, {name: value for name, value in feeds.items() if name in taken})
+            got = runner.run(None, {name: value for name, value in case.feeds.items() if name in taken})
         except Exception as error:  # as above
-            raise Broken(f"{place}: ONNX Runtime fails at {_words(point)}: {str(error).strip()[:400]}") from error
-        for name, want, have in zip(names[1], wanted, got):
+            raise Broken(f"{place}: ONNX Runtime fails at {case.sizes}: {str(error).strip()[:400]}") from error
+        for name, want, have in zip(names[1], case.wanted, got, strict=True):
             want = _tensor(want)
             error = difference(_numpy(want), have)
             ratio = error / TOLERANCE.get(want.dtype, 2e-5)
             if ratio > excess:
-                worst, where, excess = error, f"{name} ({_words(point)})", ratio
+                worst, where, excess = error, f"{name} ({case.sizes})", ratio
     return worst, where, excess
 
 
@@ -222,6 +238,6 @@ def _numpy(value):
     return value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()
 
 
-def _words(point):
-    return ", ".join(f"{symbol}={size}" for symbol, size in point.items()) or "the captured sizes"
+def _text(point, words):
+    return ", ".join(f"{words.get(str(symbol), symbol)}={size}" for symbol, size in point.items()) or "the captured sizes"
 

@@ -16,9 +16,10 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import fx
 
 from ..errors import Refused
-from ..graph import Graph, attribute, expression
+from ..graph import Graph, attribute
 from . import agree, arithmetic, mutation, translate
 from .building import IR_VERSION, OPSET, Value, onnx_dtype
+from .recast import recast
 from .writer import Untranslatable, Writer
 
 LARGE = 1536 * 2**20  # bytes of weights from which they go into a file of their own: one protobuf ends at 2 GB
@@ -62,6 +63,7 @@ def export_onnx(live, path, variant=None, cache=False, check=True):
     path = Path(path)
     graph = _variant(live, variant, cache)
     place = f"export_onnx of {graph.name!r}"
+    graph = recast(graph, place)
     nodes, placeholders, outputs = _kept(graph)
     _refuse(graph, nodes, place)
     folder = _workplace(path)
@@ -70,7 +72,7 @@ def export_onnx(live, path, variant=None, cache=False, check=True):
         target = folder / path.name
         _save(model, target)
         names = tuple(value.name for value in model.graph.inputs), tuple(value.name for value in model.graph.outputs)
-        found = agree.agree(target, graph, nodes, placeholders, [out for _, out in outputs], names, place) if check else None
+        found = agree.agree(target, graph, nodes, placeholders, [out for _, out in outputs], names, words_of(graph), place) if check else None
         size = sum(file.stat().st_size for file in folder.iterdir())
         for file in sorted(folder.iterdir(), key=lambda file: file == target):  # the weights first, the file that names them last
             os.replace(file, path.parent / file.name)
@@ -140,9 +142,6 @@ def _refuse(graph, nodes, place):
         value = attribute(graph.root, node.target)
         if value.is_meta:
             raise Refused(f"{place}: {node.target} is on the meta device, so there are no weights to write. Load the model with its weights.")
-        if value.dtype != node.meta["val"].dtype:
-            was = str(node.meta["val"].dtype).removeprefix("torch.")
-            raise Refused(f"{place}: {node.target} is {str(value.dtype).removeprefix('torch.')}, captured as {was}. Cast the model back with .to(torch.{was}).")
 
 
 def _workplace(path):
@@ -156,13 +155,11 @@ def _workplace(path):
 
 
 def _model(graph, nodes, placeholders, outputs, place):
-    writer = Writer(graph, nodes)
+    writer = Writer(graph, nodes, words_of(graph))
     names = dict(zip(graph.placeholders, graph.inputs))
     for node in placeholders:
         fake = node.meta["val"]
-        node.meta["input"] = names[node]
-        dims = [size if isinstance(size, int) else str(size) for size in map(expression, fake.shape)]
-        value = Value(writer, name=names[node], type=ir.TensorType(onnx_dtype(fake.dtype)), shape=ir.Shape(dims))
+        value = Value(writer, name=names[node], type=ir.TensorType(onnx_dtype(fake.dtype)), shape=writer.shape(fake))
         writer.onnx.inputs.append(value)
         writer.values[node] = value
         writer.sizes.learn(value, fake)
@@ -184,6 +181,14 @@ def _model(graph, nodes, placeholders, outputs, place):
     model = ir.Model(writer.onnx, ir_version=IR_VERSION, producer_name="rewrite")
     RemoveUnusedNodesPass()(model)  # also empties optional outputs that nobody reads, which would be computed
     return model, writer
+
+
+def words_of(graph):
+    """{symbol of a size, as text: "batch", "length", …}, as the signature of the captured call names them."""
+    entry = getattr(graph.signature, "entries", {}).get(graph.name)
+    words = {symbol: word for slot in (entry.slots if entry else ()) for symbol, word in slot.words.items()}
+    taken = list(words.values())
+    return {symbol: word for symbol, word in words.items() if taken.count(word) == 1}
 
 
 def _save(model, target):

@@ -10,6 +10,7 @@ import operator
 from collections import Counter
 
 import onnx_ir as ir
+import sympy
 import torch
 from torch import fx
 from torch._subclasses import FakeTensor
@@ -54,8 +55,9 @@ def name_of(target):
 class Writer(Builder):
     """One graph on its way to ONNX. `fallen` counts the ops that went to torchlib or were decomposed, for the report."""
 
-    def __init__(self, graph, nodes):
+    def __init__(self, graph, nodes, words=()):
         super().__init__()
+        self.words = {sympy.Symbol(symbol): sympy.Symbol(word) for symbol, word in dict(words).items()}
         self.graph = graph
         self.values = {}  # fx node -> ir.Value, expression, list of these, or a constant (torch.Tensor, dtype, number)
         self.fallen = {"torchlib": Counter(), "decomposed": Counter(), "torchlib failed": Counter()}
@@ -230,12 +232,17 @@ class Writer(Builder):
             dtype = onnx_dtype(value.dtype.to_real() if value.is_complex() else value.dtype)
             if out.dtype is not None and out.dtype != dtype:
                 out = self.op("Cast", out, to=dtype, dtype=dtype)
-            dims = [size if isinstance(size, int) else str(size) for size in sizes_of(value)] + [2] * value.is_complex()
-            out.type, out.shape = ir.TensorType(dtype), ir.Shape(dims)
+            out.type, out.shape = ir.TensorType(dtype), self.shape(value)
             self.sizes.learn(out, value)
         elif isinstance(value, torch.SymInt):  # a size that only the data tells, from `item()`
             self.sizes.known.setdefault(expression(value), self.op("Reshape", out, [-1], dtype=INT64))
         return out
+
+    def shape(self, value):
+        """The shape of a fake value for the file, its sizes by their words: ("batch", "length + past", 10)."""
+        words = {symbol: self.words.get(sympy.Symbol(str(symbol)), symbol) for size in sizes_of(value) if not isinstance(size, int) for symbol in size.free_symbols}
+        dims = [size if isinstance(size, int) else str(size.xreplace(words)) for size in sizes_of(value)]
+        return ir.Shape(dims + [2] * value.is_complex())
 
     # levels two and three
 
@@ -283,13 +290,6 @@ class Writer(Builder):
         return known if isinstance(known, (bool, int, float, torch.dtype, torch.device)) else leaf.meta["val"]
 
     def _trace(self, target, values, free, spec):
-        function = getattr(target, "reference", target)
-        table = _decompositions(self)
-        if target in table[1]:
-            table = {**table[0], target: table[1][target]}  # the op itself is opened, also when torchlib knows it and failed
-        else:
-            table = table[0]
-
         def call(*given):
             full = list(values)
             for i, value in zip(free, given):
@@ -297,9 +297,15 @@ class Writer(Builder):
             args, kwargs = pytree.tree_unflatten(full, spec)
             return function(*args, **kwargs)
 
+        function = getattr(target, "reference", target)
         given = [values[i] for i in free]
         mode = next((value.fake_mode for value in given if isinstance(value, FakeTensor)), None) or self.graph.fake_mode
         with mode:
+            if function is not target:  # a reference keeps its linears and its attention, for the table to write
+                return make_fx(call, pre_dispatch=True)(*given)
+            table, every = _decompositions(self)
+            if target in every:
+                table = {**table, target: every[target]}  # the op itself is opened, also when torchlib knows it and failed
             traced = make_fx(call, decomposition_table=table)(*given)
             if any(mutation.is_mutating(step) for step in traced.graph.nodes):
                 traced = make_fx(torch.func.functionalize(call, remove="mutations_and_views"), decomposition_table=table)(*given)
