@@ -202,7 +202,7 @@ class _Cut:
         for node in self.nodes:
             if home[node]:
                 pieces.setdefault(home[node], Piece(*home[node], [])).nodes.append(node)
-        hidden = set()
+        hidden = {}  # what blocks of one list hand on: the path of the list -> values
         for own in order:
             if own in pieces:
                 self.border(pieces[own], home, hidden)
@@ -232,12 +232,13 @@ class _Cut:
                 if a not in inside and not (a.op == "get_attr" and a.target.startswith(prefix)):
                     (sizes if is_size(a) else outer)[a] = None
         tensors = [a for a in outer if a.op != "get_attr"]
-        state = next((a for a in tensors if a in hidden), None)
+        handed = hidden.setdefault(piece.path.rpartition(".")[0], set())
+        state = next((a for a in tensors if a in handed), None)
         if state is None and piece.outputs:
             expected = self.shape(piece.outputs[0])
             state = next((a for a in tensors if self.shape(a) == expected and a.meta["val"].is_floating_point()), None)
         tensors.sort(key=lambda a: a is not state)  # stable: the others by first use
-        hidden.update(piece.outputs[:1])
+        handed.update(piece.outputs[:1])
         piece.sizes = self.aliases([*sizes, *piece.nodes], tensors)
         live = set(piece.outputs)
         for node in reversed(piece.nodes):
