@@ -140,12 +140,18 @@ class Operation:
         plain = lambda a: repr(fx.node.map_arg(a, lambda n: None))  # noqa: E731
         return (self.node.target, self.axes, plain(self.node.args), plain(self.node.kwargs), tuple((c.target, plain(c.args), plain(c.kwargs)) for c in self.chain))
 
+    @property
+    def _is_standard(self):
+        return self.axes == tuple(range(len(self.axes)))
+
     def standard(self, stored):
         """A stored tensor in standard orientation (a view)."""
-        return stored.permute(self.axes)
+        return stored if self._is_standard else stored.permute(self.axes)
 
     def stored(self, standard):
         """The inverse of `standard`."""
+        if self._is_standard:
+            return standard
         back = [0] * len(self.axes)
         for here, there in enumerate(self.axes):
             back[there] = here

@@ -1,0 +1,332 @@
+"""The checks that every file of passes/ gets without one being written for it; `Pass.example` says how the pass is shown.
+
+golden · holds still · wakes · learns · merges · round trip · refuses · leaves the rest
+"""
+
+import dataclasses
+import functools
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from checks import TOYS, captured, close, learned, model_of, rejects, rounding, train, unchanged, wake
+
+from rewrite import Refused, Spec, SpecError, export_onnx, load, merge, pipeline, rewrite, save, show
+from rewrite import graph as g
+from rewrite.options import COMMON, common
+from rewrite.spec import builtin_names, pass_of
+from rewrite.text import line
+
+GOLDEN = Path(__file__).parent / "golden"
+SIZES = [(2, 7), (3, 11), (1, 1)]
+PASSES = builtin_names()
+
+
+@pytest.fixture(autouse=True)
+def capture_once(monkeypatch):
+    monkeypatch.setattr(pipeline, "capture", captured)
+
+
+def class_of(name):
+    return pass_of(importlib.import_module(f"rewrite.passes.{name}"))
+
+
+def spec_of(name, seed=0):
+    """The spec that shows a pass, as a dict: what it wants before it, then its example."""
+    cls = class_of(name)
+    return {"seed": seed, "passes": [*cls.shown_after, {"pass": name, **cls.example}]}
+
+
+def rewritten(name, toy, seed=0):
+    """A toy with a pass applied; skips the test where the toy has no site for it."""
+    try:
+        return rewrite(model_of(toy), spec_of(name, seed), example=TOYS[toy].inputs(2, 7))
+    except Refused as reason:
+        if "found no site" not in str(reason):
+            raise
+        return pytest.skip(str(reason))
+
+
+@functools.cache
+def shared(name, toy):
+    """The same, one per process, for tests that only read it."""
+    return rewritten(name, toy)
+
+
+def untouched(toy):
+    graph = captured(model_of(toy), TOYS[toy].inputs(2, 7))
+    pipeline.apply(graph, Spec.parse({"passes": []}))
+    return graph
+
+
+def lines(graph):
+    """name → text of each node but the constants, in graph order."""
+    return {node.name: line(node, graph.root) for node in graph.nodes if node.op != "get_attr"}
+
+
+every_pass = pytest.mark.parametrize("name", PASSES)
+every_toy = pytest.mark.parametrize("toy", TOYS)
+
+
+@every_pass
+def test_some_toy_shows_it(name):
+    for toy in TOYS:
+        try:
+            rewrite(model_of(toy), spec_of(name), example=TOYS[toy].inputs(2, 7))
+            return
+        except Refused as reason:
+            assert "found no site" in str(reason)
+    raise AssertionError(f"no toy has a site for the example of {name}")
+
+
+# ---- golden --------------------------------------------------------------------------------------------------------------
+
+
+def picture(name, toy):
+    """The text of the first site before and after a pass, and its new tensors."""
+    model, example = model_of(toy), TOYS[toy].inputs(2, 7)
+    spec = Spec.parse(spec_of(name))
+    before, after = captured(model, example), captured(model, example)
+    pipeline.apply(before, dataclasses.replace(spec, passes=spec.passes[:-1]))
+    report = pipeline.apply(after, spec)
+    was, now = lines(before), lines(after)
+    shown = [one for one in report.applied if one.sites][-1 if spec.passes[-1].where is not None else 0]
+    site = shown.sites[0][0]
+    near = next(s for s in pipeline.roles(untouched(toy)) if s.name == site and s.role == shown.sites[0][1])
+    own = {near.node.name, *(n.name for n in (near.operation,) if n is not None)}
+
+    def part(graph, texts):
+        made = [n.name for n in graph.nodes if n.name in texts and n.meta.get("site") == near.path and "made" in n.meta]
+        return [text for node, text in texts.items() if node in own or node in made]
+
+    users = [now[n] for n in now if n in was and was[n] != now[n] and n not in own and any(f"%{own_}" in was[n] for own_ in own)]
+    new = [p for p in report.made if any(f"@{p}" in text for text in part(after, now)) and report.made[p] == shown.method]
+    values = [(p, g.attribute(after.root, p)) for p in new]
+    made = [f"@{p}  {tuple(v.shape)}{'' if v.requires_grad else ' ❄'}" for p, v in values]
+    text = [json.dumps(spec_of(name), ensure_ascii=False), "", f"{shown.sites[0][1]} at {site or 'the model'}", "", *part(before, was), "", "-->", "", *part(after, now), *users[:1], *([""] if made else []), *made]
+    return _sizes_by_name("\n".join(text).replace("\n\n\n", "\n\n") + "\n")
+
+
+def _sizes_by_name(text):
+    """Symbols of sizes as words, in the order in which they come."""
+    words = {}
+    return re.sub(r"\b[su]\d+\b", lambda m: words.setdefault(m[0], ("batch", "length")[len(words)] if len(words) < 2 else m[0]), text)
+
+
+@every_pass
+def test_golden(name, request):
+    found, file = picture(name, "gated"), GOLDEN / f"{name}.txt"
+    if request.config.getoption("--update-golden"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(found)
+    assert file.exists(), f"no {file.name}: run with --update-golden and read what it writes"
+    assert found == file.read_text()
+
+
+def test_every_golden_has_its_pass():
+    assert {file.stem for file in GOLDEN.glob("*.txt")} == set(PASSES)
+
+
+# ---- holds still, wakes, learns ------------------------------------------------------------------------------------------
+
+
+@every_toy
+@every_pass
+def test_holds_still(name, toy):
+    live, model = shared(name, toy), model_of(toy)
+    for batch, length in SIZES:
+        close(reference=TOYS[toy].output(model, batch, length), result=TOYS[toy].output(live, batch, length), drift=class_of(name).drift)
+    broken = rewritten(name, toy)
+    with torch.no_grad():
+        next(p for p in broken.parameters() if p.dim() == 2).mul_(1.01)
+    rejects(reference=TOYS[toy].output(model), result=TOYS[toy].output(broken), drift=class_of(name).drift)
+
+
+def is_shift_of_keys(live, path):
+    """A vector added to every key: softmax does not see what all keys share (unless positions turn it)."""
+    site = next((site for one in live.report.applied for site, role in one.sites if role == "attention.k" and path.startswith(f"{site}.")), None)
+    return site is not None and live.get_parameter(path).dim() == 1
+
+
+@every_toy
+@every_pass
+def test_wakes(name, toy):
+    live = wake(rewritten(name, toy).double())
+    changing = [p for p in live.report.made if not is_shift_of_keys(live, p)]
+    if any(p.requires_grad for p in live.parameters()):
+        TOYS[toy].loss(live).backward()
+    before = TOYS[toy].output(live, 3, 11)
+    for path in changing:
+        tensor = live.get_parameter(path)
+        old = tensor.detach().clone()
+        with torch.no_grad():
+            tensor.add_(torch.randn_like(tensor))
+        rejects(reference=before, result=TOYS[toy].output(live, 3, 11), drift=rounding(before.dtype))
+        with torch.no_grad():
+            tensor.copy_(old)
+    close(reference=before, result=TOYS[toy].output(live, 3, 11), drift=0.0)
+    for path, tensor in live.named_parameters():
+        if path in live.report.made and tensor.requires_grad and path in changing:
+            assert tensor.grad is not None and tensor.grad.any(), f"{path} gets no gradient"
+        if path not in live.report.made and path not in live.report.trains:
+            assert not tensor.requires_grad and tensor.grad is None, f"{path} is frozen and has a gradient"
+        if path in live.report.trains:
+            assert tensor.requires_grad and tensor.grad is not None, f"{path} was to train"
+
+
+@every_toy
+@every_pass
+def test_learns(name, toy):
+    live = rewritten(name, toy)
+    if not any(p.requires_grad for p in live.parameters()):
+        return  # a pass that lets nothing train (a merge)
+    frozen = {n: p.detach().clone() for n, p in live.named_parameters() if not p.requires_grad}
+    assert not learned(train(rewritten(name, toy), TOYS[toy].loss, steps=3, lr=0.0))
+    losses = train(live.train(), TOYS[toy].loss)
+    assert learned(losses), f"{losses[0]:.3f} → {losses[-1]:.3f}"
+    for path, value in frozen.items():
+        assert torch.equal(value, live.get_parameter(path)), f"{path} is frozen and moved"
+
+
+# ---- merges --------------------------------------------------------------------------------------------------------------
+
+
+@every_toy
+@every_pass
+def test_merges(name, toy):
+    live = wake(rewritten(name, toy).double())
+    try:
+        merged = merge(live)
+    except Refused as reason:
+        assert re.search(r"merge(\(live\))?: ", str(reason)) and len(str(reason)) < 1500
+        return
+    assert not [p for p in merged.report.made if ".bias" not in p]
+    for batch, length in SIZES:
+        close(reference=TOYS[toy].output(live, batch, length), result=TOYS[toy].output(merged, batch, length), drift=rounding(torch.float64))
+    rejects(reference=TOYS[toy].output(live), result=TOYS[toy].output(model_of(toy)).double(), drift=rounding(torch.float64))
+
+
+# ---- round trip ----------------------------------------------------------------------------------------------------------
+
+
+@every_pass
+def test_spec_round_trip(name):
+    spec = Spec.parse(spec_of(name, seed=7))
+    assert Spec.parse(json.loads(spec.to_json())) == spec
+    assert Spec.parse(spec.to_dict(full=True)) == spec
+
+
+@every_toy
+@every_pass
+def test_save_load_export(name, toy, tmp_path):
+    live = wake(rewritten(name, toy))
+    again = load(model_of(toy), save(live, tmp_path / "saved"), example=TOYS[toy].inputs(2, 7))
+    close(reference=TOYS[toy].output(live), result=TOYS[toy].output(again), drift=0.0)
+    if live.report.made:
+        rejects(reference=TOYS[toy].output(live), result=TOYS[toy].output(rewritten(name, toy)), drift=0.0)
+    assert {n: p.requires_grad for n, p in live.named_parameters()} == {n: p.requires_grad for n, p in again.named_parameters()}
+    for number, each in enumerate((live, again)):
+        export_onnx(each, tmp_path / f"{number}.onnx")
+    assert (tmp_path / "0.onnx").read_bytes() == (tmp_path / "1.onnx").read_bytes()
+
+
+# ---- refuses -------------------------------------------------------------------------------------------------------------
+
+
+@every_pass
+def test_refuses_a_where_that_hits_nothing(name):
+    spec = spec_of(name)
+    if "where" not in common(class_of(name)):
+        spec["passes"][-1]["where"] = "linear"
+        with pytest.raises(SpecError, match=rf"passes\[{len(spec['passes']) - 1}\]: {name} works on the whole graph"):
+            rewrite(model_of("gated"), spec)
+        return
+    spec["passes"][-1]["where"] = "router"
+    with unchanged(model_of("gated")), pytest.raises(Refused, match=rf'passes\[{len(spec["passes"]) - 1}\]: {name} found no site for "router"\.  This model has: attention'):
+        rewrite(model_of("gated"), spec)
+
+
+@every_pass
+def test_refuses_impossible_options(name):
+    spec, place = spec_of(name), len(spec_of(name)["passes"]) - 1
+    assert not {f.name for f in dataclasses.fields(class_of(name))} & set(COMMON)
+    for option in [f.name for f in dataclasses.fields(class_of(name))]:
+        for wrong in ({}, None, float("nan"), [[]]):
+            broken = json.loads(json.dumps(spec))
+            broken["passes"][place][option] = wrong
+            with pytest.raises(SpecError, match=rf"passes\[{place}\]\.{option}: expected "):
+                rewrite(model_of("gated"), broken)
+    broken = json.loads(json.dumps(spec))
+    broken["passes"][place]["no_such_option"] = 1
+    with pytest.raises(SpecError, match=rf"passes\[{place}\].*no_such_option"):
+        rewrite(model_of("gated"), broken)
+
+
+# ---- leaves the rest -----------------------------------------------------------------------------------------------------
+
+
+def reads(value, made):
+    """The node itself, or, for one that a pass made, the captured nodes and made ones behind it."""
+    found, todo = set(), [value]
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += node.all_input_nodes if node in made else []
+    return {node.name for node in found}
+
+
+@every_toy
+@every_pass
+def test_leaves_other_nodes(name, toy):
+    graph, before = shared(name, toy).graph, untouched(toy)
+    old = [n for n in before.nodes if n.op != "get_attr"]
+    new = {n.name: n for n in graph.nodes}
+    made = {n for n in graph.nodes if "made" in n.meta}
+    assert [n.name for n in old] == [n.name for n in graph.nodes if n.op != "get_attr" and n not in made]
+    for node in old:
+        twin = new[node.name]
+        assert (twin.op, twin.target, set(twin.kwargs)) == (node.op, node.target, set(node.kwargs))
+        given, now = node.all_input_nodes, twin.all_input_nodes
+        assert len(given) == len(now), line(twin, graph.root)
+        for a, b in zip(given, now):
+            assert a.target == b.target if a.op == "get_attr" == b.op else a.name == b.name or (b in made and a.name in reads(b, made)), line(twin, graph.root)
+        if all(a.name == b.name for a, b in zip(given, now)):
+            assert line(twin).partition("  ")[0] == line(node).partition("  ")[0]
+
+
+@every_toy
+@every_pass
+def test_leaves_the_model(name, toy):
+    model, example = model_of(toy), TOYS[toy].inputs(2, 7)
+    output, noise = TOYS[toy].output(model), torch.get_rng_state()
+    with unchanged(model):
+        live = rewritten(name, toy)
+        assert torch.equal(noise, torch.get_rng_state())
+        assert set(model.state_dict()) <= set(live.state_dict())
+        everything = rewrite(model, {"passes": [*spec_of(name)["passes"], {"pass": "unfreeze", "where": "model"}]}, example=example)
+        train(everything.train(), TOYS[toy].loss, steps=2)
+        try:
+            wake(live)
+            merge(live)
+        except Refused:
+            pass  # what does not merge says so in test_merges
+        live.to(torch.bfloat16)
+        live.requires_grad_(True)
+    close(reference=output, result=TOYS[toy].output(model), drift=0.0)
+
+
+@every_toy
+@every_pass
+def test_same_spec_same_text(name, toy):
+    one, two = shared(name, toy), rewritten(name, toy)
+    assert show(one.graph) == show(two.graph)
+    for path in one.report.made:
+        assert torch.equal(one.get_parameter(path), two.get_parameter(path)), path
+    other = rewritten(name, toy, seed=1)
+    for path in one.report.made:
+        drawn = one.get_parameter(path).unique().numel() > 1
+        assert torch.equal(one.get_parameter(path), other.get_parameter(path)) != drawn, path
