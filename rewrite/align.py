@@ -18,7 +18,7 @@ import sympy
 import torch
 from torch import fx
 
-from .graph import HOST, count, device_of, dtype_of, least, select
+from .graph import HOST, count, device_of, dtype_of, expression, least, select
 
 aten = torch.ops.aten
 _ASSERTS = {
@@ -45,7 +45,7 @@ def is_size(node):
 
 def has_effect(node):
     """Whether a node does something besides giving its value."""
-    return node.op == "call_module" or node.target is count or (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable)
+    return node.op == "call_module" or node.target in (count, aten._assert_scalar.default) or (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable)
 
 
 def written(node):
@@ -223,10 +223,10 @@ class Alignment:
     `counters`: (our node, path of the counter that theirs adds one to before it).
     """
 
-    def __init__(self, ours, theirs, replacements):
-        self.ours, self.theirs, self.replacements = ours, theirs, replacements
+    def __init__(self, ours, theirs, replacements, hints):
+        self.ours, self.theirs, self.replacements, self.hints = ours, theirs, replacements, hints
         self.pairs, self.differences, self.reads, self.counters = {}, [], [], []
-        self.own_casts = {}  # our casts that their run did not make -> what they cast
+        self.own_casts = {}  # our casts, and slices that are whole at their sizes, that their run did not make -> what they read
         self._pair()
 
     def _pair(self):
@@ -241,9 +241,10 @@ class Alignment:
             if self._is_counter(node) and not (other is not None and other.target is node.target):
                 waiting.append(node)
                 continue
-            while other is not None and self._is_cast(other) and not self._same_cast(other, node) and other.target is not node.target:
+            while other is not None and self._ours_alone(other, node):
                 self.own_casts[other] = other.args[0]
-                self.differences.append(Difference(other, "dtype", (), other.meta["val"].dtype, None))
+                if self._is_cast(other):
+                    self.differences.append(Difference(other, "dtype", (), other.meta["val"].dtype, None))
                 place += 1
                 other = first[place] if place < len(first) else None
             if other is not None and self._is_cast(node) and not self._same_cast(other, node):
@@ -259,6 +260,15 @@ class Alignment:
             self._compare(other, node)
         if place != len(first):
             raise Misaligned(first[place].meta.get("path", ""), f"the two runs differ: {first[place].format_node()} / nothing")
+
+    def _ours_alone(self, ours, theirs):
+        """Whether our node is one that their run passed over: a cast to the dtype at hand, a slice that is whole at their sizes."""
+        if self._is_cast(ours):
+            return theirs.target is not ours.target
+        if ours.target is not aten.slice.Tensor or (theirs.target is ours.target and self._means(theirs.args[0], ours.args[0])):
+            return False
+        before, after = ([sympy.sympify(expression(size)).subs(self.hints) for size in node.meta["val"].shape] for node in (ours.args[0], ours))
+        return before == after
 
     @staticmethod
     def _is_cast(node):

@@ -5,6 +5,7 @@
 Each call is run twice on fake tensors, differently in everything that must not be baked in (mode, dtype, sizes, seeds), and aligned.
 """
 
+import operator
 from collections import Counter
 from dataclasses import replace
 
@@ -67,6 +68,7 @@ class _Capture:
         if self.variant.mode == "eval" and self.main is not None:
             _flags_by_analogy(ours.graph, self.main, self.notes)
         read_devices(ours.graph)
+        _require_filled(ours)
         self._constants(ours, theirs)
         checks = self._checks(ours, theirs)
         graph = fx_in_order(ours.graph)
@@ -104,13 +106,14 @@ class _Capture:
         for dtype, least in self._twins():
             try:
                 theirs = self._trace(training=training, seed=2, dtype=dtype, least=least)
-                alignment = Alignment(ours.graph, theirs.graph, {**ours.replacements, **theirs.replacements})
+                alignment = Alignment(ours.graph, theirs.graph, {**ours.replacements, **theirs.replacements}, theirs.hints)
             except (CannotTrace, Misaligned) as error:
                 reasons.append(error)
                 continue
-            if reasons:
-                kept = "its dtypes stay as captured; " if dtype == self.dtype else ""
-                self.notes.append(f"{self.variant.name}: {kept}in {self._twins()[0][0]} the model goes another way: {reasons[0]}")
+            if dtype == self.dtype:
+                self.notes.append(f"{self.variant.name}: dtypes stay as captured, no run in another one went along: {reasons[0]}")
+            elif dtype != self._twins()[0][0]:
+                self.notes.append(f"{self.variant.name}: in {self._twins()[0][0]} the model runs other ops than these: {reasons[0]}")
             self.least, self.other_dtype = least, dtype
             return ours, alignment, theirs
         raise reasons[-1]
@@ -208,6 +211,23 @@ def _only_fails_at(condition, least):
         return False
     at = least[symbol]
     return condition.subs(symbol, at) == sympy.false and condition.subs(symbol, at + 1) == sympy.true and condition.subs(symbol, 10**9) == sympy.true
+
+
+def _require_filled(ours):
+    """Sizes that depend on values and were taken not to be zero are asked at every call."""
+    waiting = dict(ours.filled)
+    for node in list(ours.graph.nodes):
+        value = node.meta.get("val")
+        if not isinstance(value, torch.SymInt) or value.node.expr not in waiting:
+            continue
+        place = waiting.pop(value.node.expr)
+        with ours.graph.inserting_after(node):
+            filled = ours.graph.call_function(operator.gt, (node, 0))
+        with ours.graph.inserting_after(filled):
+            asked = ours.graph.call_function(torch.ops.aten._assert_scalar.default, (filled, f"{place}: nothing is left of this input; it was captured with something left"))
+        filled.meta, asked.meta = (_meta(node) | {"val": value > 0}, _meta(node) | {"val": None})
+    if waiting:
+        raise Refused(f"{', '.join(waiting.values())}: what the code does here depends on the values of the inputs.")
 
 
 def _flags_by_analogy(graph, main, notes):

@@ -40,7 +40,7 @@ from torch.fx.experimental.proxy_tensor import (
     snapshot_fake,
     wrap_key,
 )
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic, GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
@@ -69,7 +69,8 @@ class Guard:
 @dataclass
 class Trace:
     """What one run gave. `constants`: path → tensor made while tracing; `tree`: how the outputs are put together; `symbols`: name →
-    sympy symbol; `hints`: symbol → its size in the example; `replacements`: what tracing put in a symbol's place; `called`: the paths of the modules that ran."""
+    sympy symbol; `hints`: symbol → its size in the example; `replacements`: what tracing put in a symbol's place; `called`: the paths of the modules that ran;
+    `filled`: sizes that depend on values and were taken not to be zero, with the line that asked."""
 
     graph: fx.Graph
     inputs: tuple[str, ...]
@@ -81,6 +82,7 @@ class Trace:
     hints: dict[sympy.Symbol, int]
     replacements: dict[sympy.Symbol, sympy.Expr]
     called: set[str]
+    filled: dict[sympy.Symbol, str]
 
 
 class CannotTrace(Exception):
@@ -161,14 +163,37 @@ def _device(tensor):
 
 
 class Shapes(ShapeEnv):
-    """A ShapeEnv that remembers which module and which line asked for a condition on a size."""
+    """A ShapeEnv that remembers which module and which line asked for a condition on a size.
+
+    Whether a size that depends on values (the number of labels that count) is zero is answered with no, and kept in `filled`.
+    """
 
     asked, tracer = None, None
+
+    def _evaluate_expr(self, asked, *args, **kwargs):
+        try:
+            return super()._evaluate_expr(asked, *args, **kwargs)
+        except GuardOnDataDependentSymNode:
+            symbol = _asks_for_nothing(asked)
+            if symbol is None:
+                raise
+            self.filled[symbol] = source_line()
+            return sympy.sympify(asked.subs(symbol, 1))
 
     def _log_guard(self, prefix, guard, forcing_spec):
         if self.asked is not None and not self._suppress_guards_tls():
             self.asked.append(Guard(guard, tuple(path for path, _ in self.tracer.stack), source_line(), _asked_by_torch()))
         return super()._log_guard(prefix, guard, forcing_spec)
+
+
+def _asks_for_nothing(condition):
+    """The symbol of a condition that is otherwise at 0 than at every larger value; None for other conditions."""
+    symbols = condition.free_symbols
+    if len(symbols) != 1 or not isinstance(condition, sympy.core.relational.Relational):
+        return None
+    (symbol,) = symbols
+    values = [condition.subs(symbol, value) for value in (0, 1, 2, 10**9)]
+    return symbol if values[0] != values[1] and len(set(values[1:])) == 1 else None
 
 
 class Casts(ProxyTorchDispatchMode):
@@ -368,7 +393,7 @@ def trace(model, variant, *, training=False, cast=lambda dtype: dtype, seed=0, l
     with shapes_config.patch(backed_size_oblivious=not least):
         fakes, sizes = fake_inputs(fake_mode, names, tensors, variant.dims, cast, least)
         tracer = Tracer(tree, paths, opaque)
-        env.tracer, env.asked = tracer, []
+        env.tracer, env.asked, env.filled = tracer, [], {}
         tracer.model, tracer.cast, tracer.fake_mode = model, cast, fake_mode
         tracer.sizes = {size.node._expr: size for size in sizes.values()}
         tracer.hints = {symbol: int(size.node.hint) for symbol, size in tracer.sizes.items()}
@@ -397,4 +422,4 @@ def trace(model, variant, *, training=False, cast=lambda dtype: dtype, seed=0, l
     for node, name in zip([n for n in graph.nodes if n.op == "placeholder"], names):
         node.meta["leaf"] = name
     symbols = {name: size.node._expr for name, size in sizes.items()}
-    return Trace(graph, names, found["names"], found["tree"], tracer.constants, env.asked, symbols, tracer.hints, dict(env.replacements), tracer.called)
+    return Trace(graph, names, found["names"], found["tree"], tracer.constants, env.asked, symbols, tracer.hints, dict(env.replacements), tracer.called, env.filled)
