@@ -12,7 +12,6 @@ after the head.
 """
 
 import contextlib
-import functools
 import inspect
 from dataclasses import dataclass
 
@@ -20,7 +19,8 @@ import torch
 
 from . import caches
 from .errors import Refused
-from .graph import attribute, path_of
+from .graph import attribute
+from .hidden import HiddenStates
 from .leaves import Tree, leaves, rebuild
 from .slots import CACHE, Check, Slot, checks_of, slots_of
 from .variants import Variant, is_hugging_face, variants
@@ -114,7 +114,7 @@ class Signature:
     labels: tuple[str, ...]
     loss: object
     shifts: object
-    hidden: dict[str, tuple[tuple[str, str, str], ...] | None]
+    hidden: HiddenStates
     ignored: tuple[str, ...]
 
     @classmethod
@@ -126,6 +126,8 @@ class Signature:
         """
         module = attribute(model, owner)
         own = [v for v in variants if v.owner == owner and v.name in graphs]
+        if not {"first", "next"} <= graphs.keys():
+            own = [v for v in own if v.name not in ("first", "next")]
         encoder = next((v for v in variants if v.name == "encoder" and v.name in graphs and not owner), None)
         parameters = inspect.signature(module.forward).parameters
         return cls(
@@ -141,7 +143,7 @@ class Signature:
             labels=own[0].labels,
             loss=own[0].loss,
             shifts=own[0].shifts,
-            hidden={field: _sources(states, graphs[own[0].name].blocks, owner) for field, states in own[0].hidden.items()},
+            hidden=HiddenStates.of(own[0].hidden, graphs[own[0].name].blocks, owner),
             ignored=own[0].ignored,
         )
 
@@ -152,17 +154,19 @@ class Signature:
         given = self._given(args, kwargs)
         if self.shifts and given.get("decoder_input_ids") is None and given.get("labels") is not None:
             given["decoder_input_ids"] = self._shifted(live, given["labels"])
-        watched = self._watched(live, given)
+        watched = self.hidden.asked(live, given, self.what) if self.hugging_face else None
+        cache = caches.accept(given.get(CACHE), self.encoder is not None, self.what) if given.get(CACHE) is not None else None
         entry = self._choose(live, given, watched)
         names = entry.names
         for name in given:
             if name not in names and given[name] is not None:
                 self._stray(entry, name, given[name])
         self._refuse_packed(entry, given)
-        sizes, values, late, cache, what = {}, [], [], None, self.what
+        if cache is None and entry.keeps:
+            cache = caches.accept(None, self.encoder is not None, self.what)
+        sizes, values, late, what = {}, [], [], self.what
         for slot in entry.slots:
             if slot.name == CACHE:
-                cache = caches.accept(given.get(CACHE), entry.cross is not None, what)
                 values += self._cached(live, entry, cache, values, sizes)
                 continue
             value = slot.take(given)
@@ -172,7 +176,7 @@ class Signature:
                 late.append((len(values), slot))
             values.append(value)
         if late:
-            device = next(value for value in values if value is not None).device
+            device = next((value.device for value in values if value is not None), None)
             for place, slot in late:
                 if values[place] is None:
                     values[place] = slot.make(sizes, device, what)
@@ -180,8 +184,6 @@ class Signature:
                     slot.agree(values[place], sizes, what)
         for check in entry.checks:
             check.hold(sizes, entry.words, what)
-        if entry.keeps and cache is None:
-            cache = caches.accept(given.get(CACHE), self.encoder is not None, what)
         return Call(entry.name, values, given, cache, watched)
 
     def _given(self, args, kwargs):
@@ -227,7 +229,7 @@ class Signature:
             return self.entries["past"]
         if given.get("encoder_outputs") is None:
             kept = {name: given[name] for name in self.encodes if given.get(name) is not None}
-            with contextlib.nullcontext() if watched is None else self.watching(live, watched):
+            with contextlib.nullcontext() if watched is None else self.hidden.watching(live, watched):
                 given["encoder_outputs"] = attribute(live, self.encoder)(**kept, return_dict=True)
         return self.entries["next" if caches.is_filled(cache) else "first"]
 
@@ -270,56 +272,9 @@ class Signature:
             found += entry.cross.take(cross, sizes, self.what)
         return found
 
-    # ---- hidden states
-
-    def _watched(self, live, given):
-        """{} where hidden states are asked for, None where not. Raises Refused where they cannot be had."""
-        if not self.hugging_face:
-            return None
-        wanted = given.get("output_hidden_states")
-        if wanted is None:
-            wanted = getattr(getattr(live, "config", None), "output_hidden_states", False)
-        if not wanted:
-            return None
-        if wanted is not True or not self.hidden or None in self.hidden.values():
-            raise Refused(f"{self.what}: output_hidden_states={wanted!r}; hidden states that are not what goes in and out of blocks are no outputs of the graph.")
-        modules = {path: kind for states in self.hidden.values() for kind, path, _ in states if kind in ("through", "still")}
-        if live.training and "still" in modules.values():
-            raise Refused(f"{self.what}: output_hidden_states=True in training mode, but a dropout stands behind the last one. Read the blocks with forward hooks.")
-        rewritten = modules.keys() & _rewritten(live)
-        if rewritten:
-            raise Refused(f"{self.what}: output_hidden_states=True, but {sorted(rewritten)[0]}, which makes the last one, was rewritten. Read the blocks with forward hooks.")
-        return {}
-
-    @contextlib.contextmanager
-    def watching(self, live, watched):
-        """While a graph runs: note in `watched` what goes into and out of the blocks that the hidden states come from."""
-        def into(module, args, block):
-            watched.setdefault(("into", block), args[0])
-
-        def out(module, args, output, block):
-            watched["from", block] = output[0] if isinstance(output, tuple) else output
-
-        handles = []
-        for kind, _, block in {state for states in self.hidden.values() for state in states}:
-            module = attribute(live, block)
-            if kind == "into":
-                handles.append(module.register_forward_pre_hook(functools.partial(into, block=block)))
-            else:
-                handles.append(module.register_forward_hook(functools.partial(out, block=block)))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _hidden(self, live, watched):
-        """The fields of hidden states, from what was noted; fields of blocks that did not run are left out."""
-        for field, states in self.hidden.items():
-            if all((kind if kind == "into" else "from", block) in watched for kind, _, block in states):
-                yield field, tuple(
-                    watched[kind, block] if kind in ("into", "from") else attribute(live, path)(watched["from", block]) for kind, path, block in states
-                )
+    def watching(self, live, call):
+        """A context in which the graph runs if `call.watched` is not None: reads its hidden states on the way."""
+        return self.hidden.watching(live, call.watched)
 
     # ---- out
 
@@ -349,7 +304,7 @@ class Signature:
         elif not labelled:
             fields.pop("loss", None)
         if call.watched is not None:
-            fields.update(self._hidden(live, call.watched))
+            fields.update(self.hidden.collect(live, call.watched))
         output = entry.tree.cls(**fields)
         tuples = given.get("return_dict")
         if tuples is None:
@@ -384,36 +339,6 @@ def sign(model, main, variants, trees):
             made[graph.owner] = Signature.of(model, graphs, variants, trees, graph.owner)
         graph.signature = made[graph.owner]
     return main
-
-
-def _sources(states, blocks, owner=""):
-    """Where each hidden state comes from in terms of blocks; None where that cannot be told.
-
-    ("from" | "into", block, block), or ("through", module, block): what the module makes of the block's output; ("still", module,
-    block): the same, in eval mode only, since something else (a dropout) stands behind the module. Paths are relative to `owner`.
-    """
-    found = []
-    relative = lambda *paths: tuple(path.removeprefix(f"{owner}.") if owner else path for path in paths)
-    for takes, gives, made in states:
-        into = next((path for path in takes if path in blocks), None)
-        out = next((path for path in gives if path in blocks), None)
-        through = next(((path, before) for path, source in made for before in source if before in blocks), None)
-        if out is not None:
-            found.append(("from", *relative(out, out)))
-        elif through is not None:
-            alone = all(f"{through[0]}.".startswith(f"{path}." if path else "") for path in gives)
-            found.append(("through" if alone else "still", *relative(*through)))
-        elif into is not None:
-            found.append(("into", *relative(into, into)))
-        else:
-            return None
-    return tuple(found)
-
-
-def _rewritten(live):
-    """The paths of modules that a pass put something into."""
-    graph = getattr(live, "graph", None)
-    return {path_of(node) for node in graph.nodes if node.meta.get("made")} if graph is not None else set()
 
 
 def _count(tree):

@@ -158,7 +158,7 @@ def _top_forward(base, bodies):
         call = signature.bind(self, args, kwargs)
         if call.watched is None:
             return signature.pack(self, call, bodies[call.name](self, *call.values))
-        with signature.watching(self, call.watched):
+        with signature.watching(self, call):
             flat = bodies[call.name](self, *call.values)
         return signature.pack(self, call, flat)
 
