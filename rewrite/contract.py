@@ -1,6 +1,7 @@
-"""What a pass file says, and how its nouns become nodes.
+"""What a pass file says: options, facts, `refuse`, `params`, nouns.
 
-A pass is a frozen dataclass: its fields are the options of the spec. `refuse`, `params` and the nouns ask by argument name for what they need:
+A pass is a frozen dataclass: its fields are the options of the spec. `refuse`, `params`, `trains` and the nouns ask by argument name for what
+they need:
 
     x w b y                 linear, conv, embedding (x are ids), experts, norm; w is out × in whatever the model stores
     q k v mask y            attention
@@ -8,52 +9,56 @@ A pass is a frozen dataclass: its fields are the options of the spec. `refuse`, 
     x y                     mlp, attention.block, block
     op(x, w)                the site's own operation with another weight, without bias
     mix(h, m)               m (out × rank) over the channels of h: a 1×1 convolution on a conv, one matrix per expert on experts
+    norm(y)                 what the norm after the residual add would give, had the sub-layer given y (post-norm models)
     training                the site's own flag
-    index                   the number of the site's block, or None
-    <name>                  a new tensor of `params`
+    role index kind fan_in  the site's role; the number of its block; "linear", "conv", "embedding", "experts" or None; inputs of one output
+    <name>                  a new tensor of `params` or `shared`
 
-A noun names the value that it replaces: `input` x, `weight` w, `bias` b, `output` y, `query` q, `key` k, `value` v, `branch`, `stream`.
+A noun names the value that it replaces: `input` x, `weight` w, `bias` b, `output` y, `query` q, `key` k, `value` v, `branch`, `stream`. A noun
+whose value a site does not have is left out there, and so is one that returns its value as it is.
 """
 
 import functools
-import hashlib
 import inspect
-import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import fx, nn
-
-from . import graph as g
-from .operation import Operation
-from .body import Body, signature
-from .errors import Refused
 
 REPLACES = {"input": "x", "weight": "w", "bias": "b", "output": "y", "query": "q", "key": "k", "value": "v", "branch": "branch", "stream": "stream"}
+#: what a body may ask for beside handles and tensors: functions of the site, and facts of it
+FUNCTIONS = ("op", "mix", "norm")
+FACTS = ("role", "index", "kind", "fan_in")
 
 
 @dataclass(frozen=True)
 class Pass:
     """A named, optioned graph → graph step.
 
-    `role` is the default `where`; `drift` the allowed relative change of the output at initialisation (0.0 = bit-equal); `example` a step
-    of a spec that shows the pass, `shown_after` the steps that it wants before it; `requires(graph)` gives the reason why the graph is not ready for it, or None. A pass that is not
-    site-shaped defines `apply(self, edit, sites)` instead of nouns.
+    `role` is the default `where`; `drift` the allowed relative change of the output at initialisation (0.0 = bit-equal); `example` a step of a
+    spec that shows the pass, `shown_after` the steps that it wants before it; `requires(graph)` gives the reason why the graph is not ready for
+    it, or None. A pass that is not site-shaped defines `apply(self, edit, sites)` instead of nouns.
     """
 
-    role: ClassVar[str | None] = None
+    role: ClassVar[str | list | None] = None
     drift: ClassVar[float] = 0.0
     example: ClassVar[dict] = {}
     shown_after: ClassVar[tuple[dict, ...]] = ()
 
     def requires(self, graph):
+        """Why the graph is not ready for this pass, or None."""
         return None
 
     def refuse(self):
+        """Why the pass declines a site, or None; asks for what it needs by argument name."""
         return None
 
     def params(self):
+        """The new tensors of a site, by name: trainable, or `frozen(tensor)`. Runs under a generator seeded by (spec seed, site)."""
+        return {}
+
+    def shared(self, sites):
+        """New tensors that all sites share, by name. `sites` give `.w`, `.x`, … as `params` would see them."""
         return {}
 
     def trains(self):
@@ -65,9 +70,17 @@ class Pass:
         """The nouns that this pass defines, in the order of REPLACES."""
         return tuple(name for name in REPLACES if hasattr(cls, name))
 
-    def options(self):
-        """The options as a dict, for spec and report."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+@dataclass(frozen=True)
+class Frozen:
+    """A new tensor that does not train: a buffer, saved with the adapter."""
+
+    tensor: torch.Tensor
+
+
+def frozen(tensor):
+    """Mark a tensor of `params` or `shared` as one that does not train."""
+    return Frozen(tensor)
 
 
 @functools.lru_cache(maxsize=None)
@@ -75,369 +88,11 @@ def _parameters(function):
     return dict(list(inspect.signature(function).parameters.items())[1:])
 
 
-def _wants(method):
+def wants(method):
     """The names that a method of a pass asks for."""
     return tuple(_parameters(method.__func__))
 
 
-def _has_default(method, name):
+def has_default(method, name):
+    """Can a method of a pass do without this name?"""
     return _parameters(method.__func__)[name].default is not inspect.Parameter.empty
-
-
-def take(rows, value, dim):
-    """The rows of a fused projection that belong to one site (all of them for None), along `dim`."""
-    if rows is None:
-        return value
-    if rows.is_slice:
-        return value.narrow(dim, rows.start, rows.stop - rows.start)
-    at = dim % value.dim()
-    return value.unflatten(at, (rows.total // rows.period, rows.period)).narrow(at + 1, rows.start, rows.stop - rows.start).flatten(at, at + 1)
-
-
-def put(rows, value, part, dim):
-    """`value` with these rows replaced by `part`."""
-    if rows is None:
-        return part
-    at = dim % value.dim()
-    if not rows.is_slice:
-        value = value.unflatten(at, (rows.total // rows.period, rows.period))
-        part = part.unflatten(at, (rows.total // rows.period, rows.stop - rows.start))
-    inner = at if rows.is_slice else at + 1
-    pieces = (value.narrow(inner, 0, rows.start), part, value.narrow(inner, rows.stop, rows.period - rows.stop))
-    whole = torch.cat([piece for piece in pieces if piece.shape[inner] != 0], inner)
-    return whole if rows.is_slice else whole.flatten(at, inner)
-
-
-class Edit:
-    """The graph while one pass works on it: reads live handles, makes tensors, pastes bodies. One per graph and step.
-
-    graphs: all variants, the main one first. step: `Step` of the spec. seed: of the spec. report: what the passes made and let train, shared by all variants of a model. memo: traced
-    bodies, shared likewise. `restructured` is set by a pass that takes nodes away.
-    """
-
-    def __init__(self, graph, graphs, step, seed, report, memo):
-        self.graph, self.step, self.seed, self.report, self.made, self.memo = graph, step, seed, report, report.made, memo
-        self.graphs, self.main, self.restructured = graphs, graph is graphs[0], False
-        self.kind = step.method.rpartition(".")[2]
-        self.by_name = {node.name: node for node in graph.nodes}
-        self.attributes = {node.target: node for node in graph.nodes if node.op == "get_attr"}
-        self.top = next((n for n in graph.nodes if n.op not in ("placeholder", "get_attr")), None)
-        self.fake_mode = graph.fake_mode
-        # the graph's fake values stand for the real ones under another dtype (capture's marker) and, for models on meta, another device
-        self.dtypes, self.devices = {}, {}
-        for path, node in self.attributes.items():
-            value = node.meta.get("val")
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                real = g.attribute(graph.root, path)
-                self.dtypes.setdefault(real.dtype, value.dtype)
-                self.devices.setdefault(real.device, value.device)
-
-    # ---- reading ------------------------------------------------------------------------------------------------------
-    def live(self, node):
-        """The value that stands for a node after the passes so far."""
-        while isinstance(node, fx.Node) and "live" in node.meta:
-            node = self.by_name[node.meta["live"]]
-        return node
-
-    def handle(self, site, name):
-        """The live node of a handle of a site, or None."""
-        operation = self.operation(site)
-        if operation is None or name not in ("x", "w", "b", "y"):
-            replaced = site.node.meta.get("handles", {}).get(name)
-            return self.live(self.by_name[replaced] if replaced else site.handles.get(name))
-        if name == "y":
-            return self.live(operation.node)
-        if name == "w":
-            return operation.source
-        at = operation.x if name == "x" else operation.b
-        return operation.node.args[at] if at is not None and len(operation.node.args) > at else None
-
-    @staticmethod
-    def operation(site):
-        """How the site's operation reads its weight, or None for a site without one."""
-        return Operation.of(site.operation) if site.operation is not None else None
-
-    def given(self, site, names):
-        """What `refuse`, `params` and `trains` see of a site, by name.
-
-        A weight or bias is the tensor itself in standard orientation; an activation is an empty prototype with its rank, dtype and device,
-        sizes that vary being 1. `kind` is "linear", "conv", "embedding", "experts" or None, `fan_in` how many inputs make one output.
-        """
-        return {name: self._given(site, name) for name in names}
-
-    def _given(self, site, name):
-        operation = self.operation(site)
-        if name == "index":
-            return site.index
-        if name == "kind":
-            return operation.kind if operation is not None else None
-        if name == "fan_in":
-            return 1 if operation.kind == "embedding" else math.prod(self._given(site, "w").shape[1 if operation.kind == "conv" else -1 :])
-        if operation is not None and name in ("w", "b"):
-            path = operation.weight if name == "w" else operation.bias
-            if path is None:
-                return None
-            value = g.attribute(self.graph.root, path).detach()
-            value = operation.standard(value) if name == "w" else value
-            return take(site.layout.rows, value, self._dim(operation, name))
-        node = site.handles.get(name)
-        if node is None:
-            return None
-        if node.op == "get_attr":
-            return g.attribute(self.graph.root, node.target).detach()
-        fake = node.meta["val"]
-        size = [s if isinstance(s, int) else 1 for s in g.shape(node)]
-        dtype = {new: old for old, new in self.dtypes.items()}.get(fake.dtype, fake.dtype)
-        device = {new: old for old, new in self.devices.items()}.get(fake.device, fake.device)
-        return torch.empty(size, dtype=dtype, device=device)
-
-    def reason(self, site, sites):
-        """Why the pass declines a site, or None."""
-        options = self.step.options
-        operation, rows = self.operation(site), site.layout.rows
-        asked = {name for noun in options.nouns() for name in _wants(getattr(options, noun))}
-        if {"op", "mix"} & asked:
-            if operation is None:
-                return f"a {site.role} has no operation on a weight"
-            if operation.is_grouped:
-                return "its convolution has groups: the rows of another weight would not see all of x"
-        if rows is not None and rows.listed is not None:
-            return f"its {len(rows)} rows of the fused projection follow no regular pattern"
-        if rows is not None and self._trained(site) and self._covered(site, sites) < rows.total:
-            return "its bias is one tensor for the whole fused projection: name all of its parts, for example attention.{q,k,v}"
-        return options.refuse(**self.given(site, _wants(options.refuse)))
-
-    def _trained(self, site):
-        return self.step.options.trains(**self.given(site, _wants(self.step.options.trains)))
-
-    def _covered(self, site, sites):
-        """How many rows of the site's fused projection the chosen sites cover together."""
-        return sum(len(other.layout.rows) for other in sites if other.operation is site.operation and other.layout.rows is not None)
-
-    # ---- new tensors ----------------------------------------------------------------------------------------------------
-    def path(self, site, name):
-        """Where a new tensor of this step lives: `….v_proj.lora.default.down`, with the site's label before the name where it has one."""
-        return ".".join(part for part in (site.owner, self.kind, self.step.name, site.label, name) if part)
-
-    def params(self, site):
-        """The new tensors of a site, name → path on the tree; made under a generator seeded by (spec seed, site path), or found there."""
-        base = self.path(site, "")
-        known = self.memo.get(("names", base))
-        if known is not None:
-            return known  # made for another variant, or for another call of the same module
-        operation = self.operation(site)
-        given = self.given(site, _wants(self.step.options.params))
-        if all(v.is_meta for v in given.values() if isinstance(v, torch.Tensor)):
-            # no values to make: the shapes of one site serve all alike
-            key = ("params", self.step.options, operation and operation.kind, tuple((n, tuple(v.shape), v.dtype) if isinstance(v, torch.Tensor) else (n, v) for n, v in given.items()))
-            template = self.memo.get(key) or self.memo.setdefault(key, self._new(operation, given))
-            new = {name: torch.empty_like(value) for name, value in template.items()}
-        else:
-            number = int.from_bytes(hashlib.blake2b(f"{self.seed}/{base}".encode(), digest_size=8).digest(), "little") >> 1
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(number)
-                new = self._new(operation, given)
-        paths = {}
-        for name, value in new.items():
-            path = paths[name] = f"{base}.{name}"
-            self._free(path)
-            g.install(self.graph.root, path, nn.Parameter(value))
-            self.made[path] = self.kind
-        self.memo["names", base] = paths
-        return paths
-
-    def _new(self, operation, given):
-        """What `params` gives; where the site has experts it is asked once for each, and the answers are stacked."""
-        params = self.step.options.params
-        if operation is None or operation.kind != "experts" or given.get("w") is None:
-            return params(**given)
-        each = [params(**{**given, "w": w}) for w in given["w"]]
-        return {name: torch.stack([one[name] for one in each]) for name in each[0]}
-
-    def _free(self, path):
-        module = self.graph.root
-        for name in path.split("."):
-            child = getattr(module, name, None)
-            if child is None:
-                return
-            if not isinstance(child, nn.Module):
-                raise Refused(f"{self.kind} at {path}: the model has a tensor or attribute of that name. Give the pass another \"name\".")
-            module = child
-
-    def attribute(self, path):
-        """The get_attr node of a path, at the top of the graph; made where there is none."""
-        node = self.attributes.get(path)
-        if node is not None:
-            self.top.prepend(node)
-        if node is None:
-            with self.graph.fx.inserting_before(self.top):
-                node = self.graph.fx.create_node("get_attr", path)
-            value = g.attribute(self.graph.root, path)
-            meta = {"path": path.rpartition(".")[0], "made": self.kind}
-            if isinstance(value, torch.Tensor):
-                kind = (self.fake_mode, value.shape, self.dtypes.get(value.dtype, value.dtype), self.devices.get(value.device, value.device))
-                if kind not in self.memo:
-                    with self.fake_mode:
-                        self.memo[kind] = torch.empty(value.shape, dtype=kind[2], device=kind[3])
-                meta["val"] = self.memo[kind]
-            node.meta = meta
-            self.attributes[path] = self.by_name[node.name] = node
-        return node
-
-    # ---- nouns ----------------------------------------------------------------------------------------------------------
-    def apply(self, site):
-        """All nouns of the pass at one site."""
-        options = self.step.options
-        paths = self.params(site)
-        for name in self._trained(site):
-            operation = self.operation(site)
-            self.train(operation.weight if operation and name == "w" else operation.bias if operation and name == "b" else site.handles[name].target)
-        for noun in options.nouns():
-            self._noun(site, noun, paths)
-
-    def train(self, path):
-        """Let a base tensor train: on a copy of its own, so that the model given stays as it is."""
-        parameter = g.attribute(self.graph.root, path)
-        if not parameter.is_floating_point():
-            raise Refused(f"{self.kind} at {path}: a tensor of {parameter.dtype} cannot be trained")
-        if path not in self.report.trains:
-            parameter.data = parameter.data.clone()
-            self.report.trains.update(names_of(self.graph.root, parameter))
-        parameter.requires_grad_(True)
-
-    def freeze(self, path):
-        """Keep a tensor, base or new, from training."""
-        parameter = g.attribute(self.graph.root, path)
-        parameter.requires_grad_(False)
-        self.report.trains.difference_update(names_of(self.graph.root, parameter))
-
-    def tensors(self, site, sites):
-        """The paths of the parameters that a site reads, base and new: of a region, all that its nodes read.
-
-        Refused for a part of a fused projection whose other parts are not among `sites`: its weight is one tensor.
-        """
-        rows = site.layout.rows
-        if rows is not None and self._covered(site, sites) < rows.total:
-            raise Refused(f"{self.step.place}: {self.kind} at {site.name}: its weight is one tensor for the whole fused projection. Name all of its parts, for example attention.{{q,k,v}}.")
-        if site.role == "model":
-            return [name for name, _ in self.graph.root.named_parameters()]
-        start, end = self.handle(site, "x"), self.handle(site, "y")
-        read = {n for node in between(start, end) for n in (node, *node.all_input_nodes) if n.op == "get_attr"}
-        paths = [n.target for n in self.graph.nodes if n in read]
-        return [path for path in paths if isinstance(g.attribute(self.graph.root, path), nn.Parameter)]
-
-    def _noun(self, site, noun, paths):
-        options, place = self.step.options, f"{self.kind} at {site.path}"
-        function = getattr(options, noun)
-        target = REPLACES[noun]
-        wants = _wants(function)
-        operation = self.operation(site)
-        nodes, absent = {}, set()
-        for name in dict.fromkeys((target, *wants)):
-            if name in paths:
-                nodes[name] = self.attribute(paths[name])
-            elif name in ("op", "mix", "training", "index"):
-                continue
-            elif name not in REPLACES.values() and name not in site.handles and _has_default(function, name):
-                absent.add(name)
-            else:
-                nodes[name] = self.handle(site, name)
-                if nodes[name] is None and (name == target or name not in {*site.handles, "x", "w", "b", "y"}):
-                    raise Refused(f"{place}: {noun}() asks for {name!r}; this site has {', '.join(site.handles)} and the new tensors {', '.join(paths) or 'none'}.")
-        extras = operation.extras if operation is not None and {"op", "mix"} & set(wants) else ()
-        names = [name for name, node in nodes.items() if node is not None]
-        inputs = [*(nodes[name] for name in names), *extras]
-        values = [node.meta["val"] for node in inputs]
-        key = (options, noun, site.layout.rows, tuple(names), tuple(map(signature, values)), operation and operation.static, site.index if "index" in wants else None)
-        body = self.memo.get(key)
-        if body is None:
-            body = self.memo[key] = self._trace(site, function, [name for name in wants if name not in absent], target, names, extras, values, place)
-        current = nodes[target]
-        flag = lambda: self.attribute(".".join(p for p in (site.owner, "training") if p))  # noqa: E731
-        anchor = max([n for n in (current, *inputs) if n.op not in ("get_attr", "placeholder")], default=None)
-        with self.graph.fx.inserting_before(self.top if anchor is None else anchor.next):
-            new, own = body.paste(self.graph.fx, inputs, flag, {"path": site.owner, "made": self.kind, "role": f"made.{self.kind}", "site": site.path})
-        self.by_name.update((n.name, n) for n in own)
-        if new is current:
-            return  # nothing to do at this site
-        if not isinstance(new, fx.Node):
-            raise Refused(f"{place}: {noun}() must return one tensor")
-        if signature(new.meta["val"]) != signature(current.meta["val"]):
-            raise Refused(f"{place}: {noun}() gives {_words(new)} where the model has {_words(current)}.")
-        self._replace(site, target, current, new, own)
-
-    def _trace(self, site, function, wants, target, names, extras, values, place):
-        operation, rows = self.operation(site), site.layout.rows
-
-        def read(name, value):
-            if operation is None or name not in ("w", "b", "y"):
-                return value
-            if name == "w":
-                value = operation.standard(value)
-            return take(rows, value, self._dim(operation, name))
-
-        def run(*tensors, training):
-            raw = dict(zip(names, tensors))
-            given = {name: read(name, raw[name]) if name in raw else None for name in wants if name not in ("op", "mix", "training", "index")}
-            known = dict(zip(extras, tensors[len(names) :]))
-            if "op" in wants:
-                given["op"] = lambda x, w: operation.again(x, w, known)
-            if "mix" in wants:
-                given["mix"] = lambda h, m: operation.mix(h, m, known)
-            if "training" in wants:
-                given["training"] = training
-            if "index" in wants:
-                given["index"] = site.index
-            new = function(**given)
-            if operation is None or target not in ("w", "b", "y"):
-                return new
-            whole = operation.standard(raw["w"]) if target == "w" else raw[target]
-            new = put(rows, whole, new, self._dim(operation, target))
-            return operation.stored(new) if target == "w" else new
-
-        with self.fake_mode:
-            fresh = [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) for v in values]
-        marker = next((new for old, new in self.dtypes.items() if old != new), None) or next(iter(self.dtypes.values()), None)
-        return Body(run, fresh, self.fake_mode, training="training" in wants, marker=marker, place=place)
-
-    @staticmethod
-    def _dim(operation, name):
-        if name == "y":
-            return operation.channel
-        return -2 if operation is not None and operation.kind == "experts" and name == "w" else 0
-
-    def _replace(self, site, target, current, new, own):
-        if target == "y":
-            inside = None
-            current.meta["live"] = new.name
-        else:
-            operation = self.operation(site)
-            inside = {operation.node, *operation.chain} if operation is not None and target != "x" else between(current, self.handle(site, "y"))
-            site.node.meta["handles"] = {**site.node.meta.get("handles", {}), target: new.name}
-            if operation is not None and target in ("w", "b"):
-                new.meta["stands_for"] = operation.weight if target == "w" else operation.bias
-        for user in list(current.users):
-            if user not in own and (inside is None or user in inside):
-                user.replace_input_with(current, new)
-
-
-def between(start, end):
-    """The nodes on the ways from `start` to `end`, and what else `end` needs that comes after `start`."""
-    found, todo = set(), [end]
-    while todo:
-        node = todo.pop()
-        if node is start or node in found or node < start:
-            continue
-        found.add(node)
-        todo += node.all_input_nodes
-    return found
-
-
-def names_of(root, parameter):
-    """Every name under which a (tied) parameter stands on the tree."""
-    return [name for name, other in root.named_parameters(remove_duplicate=False) if other is parameter]
-
-
-def _words(node):
-    value = node.meta["val"]
-    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else repr(value)

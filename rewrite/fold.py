@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from . import graph as g
 from .operation import Operation
-from .contract import names_of
+from .edit import names_of
 from .errors import Refused
 
 #: How far from affine float64 rounding may look, relative to the RMS of the values.

@@ -8,7 +8,7 @@ import dataclasses
 import time
 
 from .capture import capture
-from .contract import Edit
+from .edit import Edit
 from .emit.live import make_live
 from .errors import Refused
 from .report import Applied, Report, Size
@@ -105,8 +105,9 @@ def run(edit, found):
         raise Refused(_refusals(step, refused, len(sites)))
     declined = {site for site, _ in refused}
     done = [site for site in sites if site not in declined]
+    shared = edit.share(done)
     for site in done:
-        edit.apply(site)
+        edit.apply(site, shared)
     return tuple((site.name, site.role) for site in done), tuple((site.name, reason) for site, reason in refused)
 
 

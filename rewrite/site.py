@@ -40,6 +40,24 @@ class Rows:
             return torch.tensor(self.listed)
         return torch.arange(self.total).view(-1, self.period)[:, self.start : self.stop].reshape(-1)
 
+    def take(self, value, dim):
+        """These rows of dimension `dim` of a tensor."""
+        if self.is_slice:
+            return value.narrow(dim, self.start, self.stop - self.start)
+        at = dim % value.dim()
+        return value.unflatten(at, (self.total // self.period, self.period)).narrow(at + 1, self.start, self.stop - self.start).flatten(at, at + 1)
+
+    def put(self, value, part, dim):
+        """`value` with these rows of dimension `dim` replaced by `part`."""
+        at = dim % value.dim()
+        if not self.is_slice:
+            value = value.unflatten(at, (self.total // self.period, self.period))
+            part = part.unflatten(at, (self.total // self.period, self.stop - self.start))
+        inner = at if self.is_slice else at + 1
+        pieces = (value.narrow(inner, 0, self.start), part, value.narrow(inner, self.stop, self.period - self.stop))
+        whole = torch.cat([piece for piece in pieces if piece.shape[inner] != 0], inner)
+        return whole if self.is_slice else whole.flatten(at, inner)
+
     def __str__(self):
         if self.listed is not None:
             return f"rows {len(self.listed)} of {self.total}"
@@ -148,11 +166,12 @@ class Roles:
         counts = Counter(site.role for site in self.sites)
         groups = {}
         for role in sorted(counts, key=_order):
-            stem, dot, leaf = role.rpartition(".")
-            groups.setdefault((stem, counts[role]) if dot else (role, counts[role], None), []).append(leaf if dot else role)
+            stem, dot, part = role.rpartition(".")
+            groups.setdefault((stem, counts[role], role in _WHOLE) if dot else role, []).append(part)
         lines = []
-        for (stem, count, *_), leaves in groups.items():
-            name = leaves[0] if _ else f"{stem}.{leaves[0]}" if len(leaves) == 1 else f"{stem}.{{{','.join(leaves)}}}"
+        for key, parts in groups.items():
+            stem, count = key[:2] if isinstance(key, tuple) else ("", counts[key])
+            name = key if not stem else f"{stem}.{parts[0]}" if len(parts) == 1 else f"{stem}.{{{','.join(parts)}}}"
             lines.append(name + (f" ×{count}" if count > 1 else ""))
         return ", ".join(lines)
 
@@ -173,16 +192,14 @@ class Roles:
         return "\n".join(" ".join(cell.ljust(w) for cell, w in zip(row, wide)).rstrip() for row in rows)
 
 
-_SHOWN = (
-    "attention.q", "attention.k", "attention.v", "attention.o", "attention.qkv", "attention", "mlp.gate", "mlp.up", "mlp.down", "mlp.gate_up", "mlp",
-    "router", "expert", "mixer", "linear", "conv", "embed", "norm", "head", "attention.cross", "attention.block", "residual", "block", "logits", "model",
-)  # fmt: skip
+_KINDS = ("attention", "mlp", "router", "expert", "mixer", "linear", "conv", "embed", "norm", "head")
+_PARTS = ("q", "k", "v", "o", "gate", "up", "down", "in", "conv", "inner", "out")
+_WHOLE = ("attention", "attention.cross", "attention.block", "mlp", "mixer", "residual", "block", "opaque", "logits", "model")
 
 
 def _order(role):
-    """Recognised projections first, then the rest, whole regions last."""
-    whole = role in ("attention", "attention.cross", "attention.block", "mlp", "residual", "block", "logits", "model")
-    stem = next((name for name in (role, role.partition(".")[0]) if name in _SHOWN), None)
-    leaf = role.rpartition(".")[2]
-    inner = ("q", "k", "v", "o", "gate", "up", "down", "in", "out")
-    return (whole, _SHOWN.index(stem.partition(".")[0]) if stem else len(_SHOWN), inner.index(leaf) if leaf in inner else len(inner), role)
+    """Projections first, in the order of the data, whole regions last."""
+    if role in _WHOLE:
+        return 1, _WHOLE.index(role), 0, role
+    kind, _, part = role.partition(".")
+    return 0, _KINDS.index(kind) if kind in _KINDS else len(_KINDS), _PARTS.index(part) if part in _PARTS else len(_PARTS), role
