@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from rewrite import merge, rewrite
 from rewrite.capture import capture
 from rewrite.emit import agree, onnx, writer
 from rewrite.emit.onnx import export_onnx
@@ -203,6 +204,44 @@ def test_a_cast_model_exports_in_its_new_dtype(tmp_path):
     assert session_types["logits"] == ir.DataType.DOUBLE and report.nodes > 100
     graph.root.to(torch.float16)
     assert export_onnx(graph, tmp_path / "h.onnx").error < 2e-2
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
+def test_rewritten_and_merged_models(family, tmp_path):
+    """Adapters with weights that matter: the live model's graphs, and the same model merged, which has no node more than the original."""
+    live = rewrite(build(family), {"passes": [{"pass": "lora", "where": "linear", "rank": 3}]})
+    with torch.no_grad():
+        for parameter in live.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.02)
+    plain = export_onnx(captured(family), tmp_path / "plain.onnx")
+    report = export_onnx(live, tmp_path / "live.onnx")
+    merged = export_onnx(merge(live), tmp_path / "merged.onnx")
+    assert max(report.error, merged.error) < 2e-5
+    assert merged.nodes == plain.nodes < report.nodes
+    assert any(".lora.default." in name for name in weights(tmp_path / "live.onnx"))
+    feeds = {name: value.numpy() for name, value in example(family, 3, 8).items()}
+    got = []
+    for name in ("live", "merged", "plain"):
+        session = agree.session(tmp_path / f"{name}.onnx")
+        given = example(family, 3, 8)
+        missing = {item.name for item in session.get_inputs()} - set(given)
+        got.append(session.run(["logits"], feeds | _defaults(missing, given))[0])
+    assert agree.difference(got[0], got[1]) < 2e-5 < agree.difference(got[0], got[2])
+    for variant in live.graph.variants:
+        assert export_onnx(live, tmp_path / "v.onnx", variant=variant).error < 2e-5
+
+
+def test_rounding_is_told_from_mistakes(tmp_path, monkeypatch):
+    """Where PyTorch's own float32 is further from float64 than 2e-5, ONNX Runtime may be as far, and no further."""
+    weight = x(16, 96)
+    near = weight + 1e-3 * x(16, 96, seed=1)
+    graph = graph_of(lambda a: (F.linear(a, weight) - F.linear(a, near)) * a.cos()[..., :1], x(3, 4, 96))
+    report = export_onnx(graph, tmp_path / "r.onnx")
+    assert report.error > 2e-5 and any(note.startswith("rounding: against float64") for note in report.notes)
+    monkeypatch.setitem(writer.OWN, "aten::cos", lambda w, node, a: w.op("Sin", a, dtype=a.dtype))
+    with pytest.raises(Broken):
+        export_onnx(graph, tmp_path / "r.onnx")
 
 
 # refusals: in words, before anything is written

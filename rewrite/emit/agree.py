@@ -6,7 +6,6 @@ The inputs are made up from the graph alone: ids within the tables that they ind
 from dataclasses import dataclass, replace
 
 import numpy as np
-import onnxruntime
 import torch
 from torch import fx
 
@@ -152,6 +151,8 @@ def difference(wanted, got):
 
 def session(path, disabled=(), optimised=True):
     """An ONNX Runtime session on the CPU."""
+    import onnxruntime  # only who exports needs it
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if not optimised:

@@ -106,7 +106,7 @@ class Builder:
             return self.cast(self.sizes.scalar(given), dtype or INT64) if given.is_integer else self.sizes.real(given)
         if isinstance(given, (list, tuple)) and any(isinstance(item, ir.Value) or hasattr(item, "free_symbols") for item in given):
             return self.sizes.vector([self.op("Reshape", item, [-1], dtype=INT64) if isinstance(item, ir.Value) else item for item in given])
-        if isinstance(given, (torch.Tensor, ir.TensorProtocol)):
+        if not isinstance(given, (bool, int, float, str, list, tuple)):
             tensor = given if isinstance(given, ir.TensorProtocol) else tensor_adapters.TorchTensor(given.detach().cpu().contiguous())
             if tensor.size > 64 or dtype is not None and tensor.dtype != dtype:
                 return self.cast(self.initializer(self._unique(f"{self.scope}.constant"), tensor), dtype or tensor.dtype)

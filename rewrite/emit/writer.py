@@ -57,7 +57,7 @@ class Writer(Builder):
 
     def __init__(self, graph, nodes, words=()):
         super().__init__()
-        self.words = {sympy.Symbol(symbol): sympy.Symbol(word) for symbol, word in dict(words).items()}
+        self.words, self._said = dict(words), {}
         self.graph = graph
         self.values = {}  # fx node -> ir.Value, expression, list of these, or a constant (torch.Tensor, dtype, number)
         self.fallen = {"torchlib": Counter(), "decomposed": Counter(), "torchlib failed": Counter()}
@@ -240,9 +240,12 @@ class Writer(Builder):
 
     def shape(self, value):
         """The shape of a fake value for the file, its sizes by their words: ("batch", "length + past", 10)."""
-        words = {symbol: self.words.get(sympy.Symbol(str(symbol)), symbol) for size in sizes_of(value) if not isinstance(size, int) for symbol in size.free_symbols}
-        dims = [size if isinstance(size, int) else str(size.xreplace(words)) for size in sizes_of(value)]
-        return ir.Shape(dims + [2] * value.is_complex())
+        return ir.Shape([size if isinstance(size, int) else self._in_words(size) for size in sizes_of(value)] + [2] * value.is_complex())
+
+    def _in_words(self, size):
+        if size not in self._said:
+            self._said[size] = str(size.xreplace({symbol: sympy.Symbol(self.words.get(str(symbol), str(symbol))) for symbol in size.free_symbols}))
+        return self._said[size]
 
     # levels two and three
 
