@@ -144,7 +144,7 @@ class Edit:
     def params(self, site):
         """The new tensors of a site, name → path on the tree; made under a generator seeded by (spec seed, site path), or found there."""
         base = self.path(site, "")
-        known = self.memo.get(("names", base))
+        known = self.memo.get(("names", self.step.place, base))
         if known is not None:
             return known  # made for another variant, or for another call of the same module
         operation = self.operation(site)
@@ -160,13 +160,13 @@ class Edit:
         paths = {}
         for name, value in new.items():
             paths[name] = self._install(f"{base}.{name}", value)
-        self.memo["names", base] = paths
+        self.memo["names", self.step.place, base] = paths
         return paths
 
     def share(self, sites):
         """The tensors that all sites of the step share, name → path: made once, on the root of the tree."""
         options, base = self.step.options, f"{self.kind}.{self.step.name}"
-        key = ("shared", base)
+        key = ("shared", self.step.place, base)
         if key not in self.memo:
             with self._seeded(base):
                 new = options.shared([Seen(self, site) for site in sites])
