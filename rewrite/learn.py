@@ -167,7 +167,7 @@ def loss_of(model, kwargs, labels):
             return False, None, False
     if getattr(out, "loss", None) is None:
         return False, None, ignores
-    if len(record) != 1 or out.loss is not record[0][2]:
+    if len(record) != 1 or out.loss is not record[0][2] or out.loss._version:  # something may have been added in place
         return True, None, ignores and not record
     args, rest, _ = record[0]
     passed = rest.pop("num_items_in_batch", None) is marker

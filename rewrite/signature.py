@@ -172,14 +172,16 @@ class Signature:
             value = slot.take(given)
             if value is not None:
                 value = slot.admit(value, sizes, what)
+            elif slot.default is None and not slot.unused:
+                raise Refused(f"{what}: {slot.name} is missing; the graph takes {slot.picture()}.")
             if value is None or slot.derived:
                 late.append((len(values), slot))
             values.append(value)
         if late:
-            device = next((value.device for value in values if value is not None), None)
+            device = next(value.device for value in values if value is not None)
             for place, slot in late:
                 if values[place] is None:
-                    values[place] = slot.make(sizes, device, what)
+                    values[place] = slot.make(sizes, device)
                 else:
                     slot.agree(values[place], sizes, what)
         for check in entry.checks:
@@ -236,7 +238,7 @@ class Signature:
     def _stray(self, entry, name, value):
         """An argument that is no input of the graph: harmless, or refused with the reason."""
         if name in FLAGS:
-            if value and name == "output_attentions":
+            if name == "output_attentions" and value:
                 raise Refused(f"{self.what}: output_attentions=True, but attention weights are no outputs of the captured graph. Ask the original model for them.")
             return
         if name in self.labels or name in self.ignored or (self.loss is not None and name in LOSS_ARGUMENTS):

@@ -118,12 +118,10 @@ class Slot:
                     f"{what}: {self.name} is {tuple(value.shape)}, but the other inputs ask for {self._say(formula.source)} = {formula.of(sizes)} places: {self.picture()}."
                 )
 
-    def make(self, sizes, device, what):
-        """The value that leaving this input out stands for. Raises Refused where it must be given."""
-        if self.unused and self.default is None:
-            return torch.empty(0, device=device)
+    def make(self, sizes, device):
+        """The value that leaving this input out stands for, once all sizes are known."""
         if self.default is None:
-            raise Refused(f"{what}: {self.name} is missing; the graph takes {self.picture()}.")
+            return torch.empty(0, device=device)  # the graph never reads it
         shape = [0] * self.rank
         for dim, size in self.sizes:
             shape[dim] = sizes[size] if size.__class__ is str else size

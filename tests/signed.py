@@ -53,13 +53,19 @@ def signed(model, example=None, checks=None):
     found = variants(model, example)
     graphs, trees = {}, {}
     for variant in found:
-        graphs[variant.name], symbols = placeholders(variant)
+        graph, symbols = placeholders(variant)
         names, tensors, tree = leaves(variant.kwargs)
-        with torch.no_grad():
-            output = copy.deepcopy(model).eval().get_submodule(variant.owner)(**rebuild(tree, tensors))
-        graphs[variant.name].outputs, _, trees[variant.name] = leaves(output, {id(t): n for n, t in zip(names, tensors)})
+        try:
+            with torch.no_grad():
+                output = copy.deepcopy(model).eval().get_submodule(variant.owner)(**rebuild(tree, tensors))
+        except RuntimeError:
+            if variant is found[0]:
+                raise
+            continue  # a variant that could not be captured
+        graph.outputs, _, trees[variant.name] = leaves(output, {id(t): n for n, t in zip(names, tensors)})
         if checks is not None and variant is found[0]:
-            graphs[variant.name].checks = (Check(checks(symbols), "model.py:7"),)
+            graph.checks = (Check(checks(symbols), "model.py:7"),)
+        graphs[variant.name] = graph
     main = graphs.pop(found[0].name)
     main.variants = graphs
     sign(model, main, found, trees)
