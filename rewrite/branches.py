@@ -139,6 +139,9 @@ def _picks_rows(flow, node):
 def read_branch(flow, y, routers, taken, results):
     """What a branch is: an Mlp, a Mixer or None. `taken` are affine ops that belong to attention, `results` the attentions' values."""
     inside, ends = flow.sources(y, results)
+    opaque = next((n for n in inside if n.op == "call_module" and flow.parents(n)), None)
+    if opaque is not None and not ends:
+        return Mixer(flow.strip(flow.parents(opaque)[0], drops=False, scales=False), y)
     downs = [end for end in ends if end not in routers]
     if not downs or any(end in taken for end in ends) or any(node in results for node in flow.cone(y, results, floats=True)[1]):
         return None

@@ -161,6 +161,10 @@ class _Survey:
         sites += [self._plain("residual", ("residual",), r.y, path_of(r.y), {"stream": r.stream, "branch": r.branch, "y": r.y}) for r in self.residuals]
         for role, x, y, ops in self.regions:
             sites.append(self._plain(role, (role,), y, self._common(ops, y), {"x": x, "y": y}))
+        for node in self.flow.nodes:
+            if node.op == "call_module":
+                x = next((n for n in self.flow.parents(node) if is_float(n)), None)
+                sites.append(self._plain("opaque", ("opaque",), node, node.target, {"x": x, "y": node}))
         sites += self._block_sites()
         sites += [self._plain("logits", ("logits",), y, path_of(y), {"y": y}) for y in dict.fromkeys(self.heads.values())]
         output = self.flow.nodes[-1]

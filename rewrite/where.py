@@ -23,7 +23,7 @@ WEIGHTS = (
     "conv", "embed", "embed.position", "embed.patch", "embed.added", "norm",
 )  # fmt: skip
 FUSED = ("attention.qkv", "attention.kv", "mlp.gate_up", "expert.gate_up")  # several of the above in one weight, found by these names alone
-REGIONS = ("attention", "attention.cross", "attention.block", "mlp", "mixer", "residual", "block", "logits", "model")
+REGIONS = ("attention", "attention.cross", "attention.block", "mlp", "mixer", "residual", "block", "opaque", "logits", "model")
 ROLES = WEIGHTS + FUSED + REGIONS
 _KEYS = ("role", "path", "not", "expect")
 

@@ -1,5 +1,7 @@
 """Tiny random models of many families: odd, distinct, rectangular sizes, so that a transposed weight cannot pass."""
 
+import functools
+
 import torch
 import transformers as T
 
@@ -54,3 +56,11 @@ def example(family, batch=2, length=7, seed=0):
     if family == "mamba":
         return {"input_ids": ids()}
     return {"input_ids": ids(), "attention_mask": mask}
+
+
+@functools.cache
+def captured(family):
+    """The capture of a family's tiny model, made once per test session: to be read, not to be changed."""
+    from rewrite.capture import capture
+
+    return capture(build(family))
