@@ -24,11 +24,15 @@ from .source import block_source, top_source
 
 @dataclass(frozen=True)
 class Printed:
-    """What a live class runs: body name → source text, and the role of its module ("top", "block" or "passage")."""
+    """What a live class runs: body name → source text, and the role of its module ("top", "block" or "passage").
+
+    `entries` are the blocks at which a top enters each list of blocks.
+    """
 
     base: type
     role: str
     sources: tuple[tuple[str, str], ...] = ()
+    entries: tuple[str, ...] = ()
 
 
 def make_live(graph):
@@ -56,7 +60,7 @@ def make_live(graph):
         module.__class__ = live_class(Printed(type(module), "block", tuple((body, text) for text, body in texts.items())))
     for owner, sources in tops.items():
         module = attribute(root, owner)
-        module.__class__ = live_class(Printed(type(module), "top", tuple(sources)))
+        module.__class__ = live_class(Printed(type(module), "top", tuple(sources), _entries(cuts[sources[0][0]], owner)))
         first = next(v for v in graph.all() if v.owner == owner)
         module.__dict__["_signature"] = first.signature or Plain(first.name, first.inputs)
         if owner:
@@ -108,6 +112,15 @@ class Plain:
         return flat[0] if len(flat) == 1 else flat
 
 
+def _entries(cut, owner):
+    """The first block of each list of blocks, as its owner names it."""
+    first = {}
+    for piece in cut.steps:
+        if isinstance(piece, Piece):
+            first.setdefault(piece.path.rpartition(".")[0], piece.path.removeprefix(owner + "." if owner else ""))
+    return tuple(first.values())
+
+
 def _passages(graph, bodies):
     """The modules between the whole and its blocks: their own code would call the blocks as they no longer are."""
     owners = {v.owner for v in graph.all()}
@@ -138,7 +151,10 @@ def live_class(printed):
     bodies = {name: compiled(text) for name, text in printed.sources}
     if printed.role == "block":
         return type(base.__name__, (base,), {**space, "forward": _block_forward(bodies)})
-    return type(base.__name__, (base,), {**space, "forward": _top_forward(base, bodies), "__deepcopy__": _deepcopy, "graph": None})
+    space |= {"forward": _top_forward(base, bodies), "__deepcopy__": _deepcopy, "graph": None}
+    if hasattr(base, "enable_input_require_grads"):
+        space["enable_input_require_grads"] = _enable_input_require_grads
+    return type(base.__name__, (base,), space)
 
 
 def _block_forward(bodies):
@@ -175,6 +191,15 @@ def _passage_forward(printed):
 
     forward.__signature__ = inspect.signature(printed.base.forward)
     return forward
+
+
+def _enable_input_require_grads(self):
+    """As the original's, where the stream enters the blocks: the embedding is an op of the graph, so hooks on its module do not run."""
+
+    def require_grad(module, args):
+        args[0].requires_grad_()
+
+    self._require_grads_hooks = [attribute(self, path).register_forward_pre_hook(require_grad) for path in type(self)._printed.entries]
 
 
 def _rebuild(printed):

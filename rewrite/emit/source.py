@@ -307,8 +307,10 @@ class _Writer:
         if body := self.bodies.get(piece):
             arguments.append(f"body={body!r}")
         text = f"{self.read(piece.path)}({', '.join(arguments)})"
+        parents = piece.path.rpartition(".")[0].rpartition(".")[2]
+        stem = parents if parents.isidentifier() else "block"
         for node in piece.outputs:
-            self.names[node] = self.numbered(re.sub(r"\W", "_", piece.path.rsplit(".", 2)[-2] if "." in piece.path else piece.path) if node is piece.outputs[0] else _stem(node))
+            self.names[node] = self.numbered(stem if node is piece.outputs[0] else _stem(node))
         self.lines.append(f"{', '.join(self.names[n] for n in piece.outputs)} = {text}" if piece.outputs else text)
 
     def call(self, node):
@@ -398,7 +400,8 @@ def _is_host(node):
 def _stem(node):
     target = node.target
     if node.op == "call_module":
-        return target.rsplit(".", 1)[-1]
+        name = target.rsplit(".", 1)[-1]
+        return name if name.isidentifier() else "module"
     name = target._schema.name.split("::")[1] if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", "value")
     return {"scaled_dot_product_attention": "attention", "getitem": "part", "dtype_of": "dtype", "device_of": "device", "sym_size": "n"}.get(name, name.strip("_"))
 
