@@ -14,7 +14,7 @@ from .site import Layout, Roles, Rows, Site
 
 __all__ = ["Layout", "Roles", "Rows", "Site", "roles"]
 
-_PARTS = ("q", "k", "v", "gate", "up")
+_FUSED = {"qkv": {"q", "k", "v"}, "kv": {"k", "v"}, "gate_up": {"gate", "up"}}
 
 
 def roles(model_or_graph, example=None):
@@ -341,10 +341,10 @@ class _Survey:
 
 
 def _joined(claims):
-    """`("attention", "qkv")`: the name of a weight that holds several parts, in their usual order."""
+    """`("attention", "qkv")`: the name of a weight that holds several parts; "fused" where the parts are no usual ones."""
     stem = min(role.partition(".")[0] for role in claims)
-    leaves = sorted({role.partition(".")[2] for role in claims}, key=lambda leaf: (_PARTS.index(leaf) if leaf in _PARTS else len(_PARTS), leaf))
-    return stem, ("" if all(len(leaf) == 1 for leaf in leaves) else "_").join(leaves)
+    parts = {role.partition(".")[2] for role in claims}
+    return stem, next((name for name, usual in _FUSED.items() if parts == usual), "fused")
 
 
 def _defaults(graph):

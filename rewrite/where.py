@@ -22,7 +22,7 @@ WEIGHTS = (
     "mlp.gate", "mlp.up", "mlp.down", "expert.gate", "expert.up", "expert.down", "router", "mixer.in", "mixer.conv", "mixer.inner", "mixer.out", "head", "head.hidden",
     "conv", "embed", "embed.position", "embed.patch", "embed.added", "norm",
 )  # fmt: skip
-FUSED = ("attention.qkv", "attention.kv", "mlp.gate_up", "expert.gate_up")  # several of the above in one weight, found by these names alone
+FUSED = ("attention.qkv", "attention.kv", "attention.fused", "mlp.gate_up", "mlp.fused", "expert.gate_up", "expert.fused", "mixer.fused")  # several of the above in one weight, found by these names alone
 REGIONS = ("attention", "attention.cross", "attention.block", "mlp", "mixer", "residual", "block", "opaque", "logits", "model")
 ROLES = WEIGHTS + FUSED + REGIONS
 _KEYS = ("role", "path", "not", "expect")
@@ -42,10 +42,14 @@ class Where:
     expect: int | None = None
     either: tuple["Where", ...] = ()
 
-    def hits(self, site: Site):
+    def hits(self, site: Site, default: "Where | None" = None):
+        """Whether this picks a site; where no role is given, those of `default` are meant (any role without one)."""
         if self.either:
-            return any(where.hits(site) for where in self.either)
-        if self.roles is not None and self.roles.isdisjoint(site.roles):
+            return any(each.hits(site, default) for each in self.either)
+        if self.roles is None:
+            if default is not None and not default.hits(site):
+                return False
+        elif self.roles.isdisjoint(site.roles):
             return False
         if self.paths is not None and not self.paths.search(site.path):
             return False
@@ -86,35 +90,15 @@ def select(roles: Roles, where, default="linear", strict=True) -> list[Site]:
 
     A where of a path alone picks among the sites of the role `default`. Not `strict` (for a variant, which runs a part of the model): whatever is found.
     """
-    where = parse(where)
-    found = [site for site in roles if where.hits(site)]
-    found = _narrowed(where, found, _default(default))
-    if not strict:
-        return found
-    if not found:
-        raise Refused(f"found no site for {_quoted(where.text)}.  This model has: {roles.summary()}.")
-    for each in where.either or (where,):
-        count = len(found) if each is where else len(_narrowed(each, [site for site in found if each.hits(site)], _default(default)))
-        if each.expect is not None and count != each.expect:
-            raise Refused(f"found {_sites(count)} for {_quoted(each.text)}, expected {each.expect}.  This model has: {roles.summary()}.")
-        if not count:
-            raise Refused(f"found no site for {_quoted(each.text)}.  This model has: {roles.summary()}.")
+    where, default = parse(where), parse(default)
+    found = [site for site in roles if where.hits(site, default)]
+    for each in (where.either or (where,)) if strict else ():
+        count = sum(each.hits(site, default) for site in found)
+        if not count or each.expect not in (None, count):
+            number = "no site" if not count else "1 site" if count == 1 else f"{count} sites"
+            wanted = f", expected {each.expect}" if count else ""
+            raise Refused(f"found {number} for {_quoted(each.text)}{wanted}.  This model has: {roles.summary()}.")
     return found
-
-
-def _default(default):
-    return parse(default)
-
-
-def _narrowed(where, sites, default):
-    if where.either:
-        kept = set().union(*(_narrowed(each, [s for s in sites if each.hits(s)], default) for each in where.either))
-        return [site for site in sites if site in kept]
-    return sites if where.roles is not None else [site for site in sites if default.hits(site)]
-
-
-def _sites(count):
-    return f"{count} site" + ("" if count == 1 else "s")
 
 
 @cache

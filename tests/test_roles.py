@@ -338,6 +338,7 @@ def test_fused_projections(layout):
         sites = found[f"attention.{part}"]
         assert [site.path.rpartition(".")[2] for site in sites] == [module] * 2 and [site.label for site in sites] == [part] * 2
         assert all((r.start, r.stop, r.period) == rows for r in (site.layout.rows for site in sites))
+    assert set(found.names) <= set(ROLES)
     assert len(found["attention.qkv"]) == 2 and "linear" not in found["attention.qkv"][0].roles
     if layout == "phi3":
         assert [(s.label, s.layout.rows.start, s.layout.rows.stop) for s in found["mlp.gate"] + found["mlp.up"]] == [("gate", 0, 56)] * 2 + [("up", 56, 112)] * 2
@@ -348,7 +349,7 @@ OTHERS = {
     "deepseek_v3": (
         lambda: T.DeepseekV3ForCausalLM(T.DeepseekV3Config(**SIZES, first_k_dense_replace=1, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1, moe_intermediate_size=20, q_lora_rank=12,
                                                            kv_lora_rank=14, qk_rope_head_dim=4, qk_nope_head_dim=6, v_head_dim=8, **SPECIAL)),
-        "attention.latent.{q,kv} ×2",
+        "attention.latent.{kv,q} ×2",
     ),
     "qwen2_moe": (lambda: T.Qwen2MoeForCausalLM(T.Qwen2MoeConfig(**SIZES, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=20, shared_expert_intermediate_size=28, **SPECIAL)),
                   "mlp.{gate,up,down} ×2, router ×2, expert.{gate,up,down,gate_up} ×2"),
@@ -366,7 +367,7 @@ def test_other_kinds_of_layers(kind):
     build, wanted = OTHERS[kind]
     torch.manual_seed(0)
     found = roles(capture(build().eval()))
-    assert wanted in found.summary()
+    assert wanted in found.summary() and set(found.names) <= set(ROLES)
     if kind == "albert":  # one weight, two calls: a site for each
         assert len({site.path for site in found["attention.q"]}) == 1 and len({site.node for site in found["attention.q"]}) == 2
     if kind == "deepseek_v3":
