@@ -82,15 +82,15 @@ class _Calls:
         names = find_labels(type(model))
         self.labels = {name: self.inputs.pop(name) for name in names if name in self.inputs}
         unmasked = {name: value for name, value in self.inputs.items() if not name.endswith("attention_mask")}
-        cached = {"use_cache": True} if model.can_generate() and "use_cache" in self.examples.parameters else {}
+        self.cached = {"use_cache": True} if model.can_generate() and "use_cache" in self.examples.parameters else {}
         self.hidden, seen = {}, []
         try:
-            self.output, _, _ = call(model, {**unmasked, **cached, "output_hidden_states": True}, seen=seen)
+            self.output, _, _ = call(model, {**unmasked, **self.cached, "output_hidden_states": True}, seen=seen)
             self.hidden = hidden_of(self.output, seen)
         except FAILURES:
             self.output = None
         try:
-            self.output = self.output or call(model, {**unmasked, **cached})[0]
+            self.output = self.output or call(model, {**unmasked, **self.cached})[0]
         except FAILURES as reason:
             what = "the inputs made from its config; hand over others: example={…}" if example is None else "the example given"
             raise Refused(f"{type(model).__name__} does not accept {what}.\n{type(reason).__name__}: {reason}") from reason
@@ -100,12 +100,10 @@ class _Calls:
 
     def forward(self):
         """The main variant: no cache; labels where the graph computes a loss from them."""
-        inputs = dict(self.inputs)
-        for name, kind in self.defaults.items():
-            inputs.setdefault(name, self._default(name, kind))
         constants = {"use_cache": False} if "use_cache" in self.examples.parameters else {}
-        unmasked = {name: value for name, value in inputs.items() if not name.endswith("attention_mask")}
-        given, loss, ignores = loss_of(self.model, {**unmasked, **constants}, self.labels) if self.labels else (False, None, False)
+        bare = {name: value for name, value in self.inputs.items() if name not in self.defaults}  # masks are looked at, which meta tensors do not bear
+        given, loss, ignores = loss_of(self.model, {**bare, **self.cached}, self.labels) if self.labels else (False, None, False)
+        inputs = self.inputs | {name: self._default(name, kind) for name, kind in self.defaults.items() if name not in self.inputs}
         inputs |= self.labels if given and loss is None else {}
         return Variant(
             "forward",
