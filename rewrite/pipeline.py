@@ -72,13 +72,16 @@ def _apply_steps(graph, steps, seed, report):
     memo = {}
     for step in steps:
         start, before = time.perf_counter(), Size.of(graph.root)
+        restructured = []
         for number, part in enumerate(graphs):
             edit = Edit(part, graphs, step, seed, report, memo)
             done = run(edit, found[number])
             if number == 0:
                 sites, refused = done
             if edit.restructured:
-                found[number] = roles(part)
+                restructured.append(number)
+        for number in restructured:  # when all are done: the tree must have let go of what they have folded
+            found[number] = roles(graphs[number])
         for part, record in zip(graphs, records):
             verify(part, record, step.method)
         report.applied.append(Applied(step.method, step.name, step.place, sites, refused, before, Size.of(graph.root), time.perf_counter() - start))
