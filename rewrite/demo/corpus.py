@@ -11,6 +11,7 @@ import ast
 import hashlib
 import re
 import sysconfig
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,17 +145,15 @@ def _take(room, size):
 
 
 def _distinct(passages, most=0.3):
-    """The passages, without those that share more than a part of their three-word runs with one passage before."""
-    seen = {}
+    """The passages, without those that share more than a part of their three-word runs, or of the other's, with one passage before."""
+    holders, sizes = {}, {}
     for index, passage in enumerate(passages):
         words = re.findall(r"[a-z]+", passage.text.lower())
         runs = {tuple(words[i : i + 3]) for i in range(len(words) - 2)}
-        shared = {}
-        for run in runs:
-            for other in seen.get(run, ()):
-                shared[other] = shared.get(other, 0) + 1
-        if not runs or max(shared.values(), default=0) > most * len(runs):
+        shared = Counter(other for run in runs for other in holders.get(run, ()))
+        if not runs or any(count > most * min(len(runs), sizes[other]) for other, count in shared.items()):
             continue
+        sizes[index] = len(runs)
         for run in runs:
-            seen.setdefault(run, []).append(index)
+            holders.setdefault(run, []).append(index)
         yield passage

@@ -80,14 +80,13 @@ def fit(live, train, validation, schedule, tick=lambda: None):
     start = time.perf_counter()
     batches = schedule.batches(train)
     initial = [p.detach().clone() for p in _trainable(live)]
-    everyone = [Run(rate, tensors=initial) for rate in schedule.rates]
-    runs = everyone
+    runs = everyone = [Run(rate, tensors=initial) for rate in schedule.rates]
+    del initial  # each run lets go of it when it begins
     for end, kept in schedule.rounds():
         for run in runs:
-            if len(runs) == 1:
-                initial = None
+            if end == schedule.steps:
                 memory.begin()
-            _advance(live, run, lambda step: train.batch(batches[step]), end, schedule, tick, keep=len(runs) > 1)
+            _advance(live, run, lambda step: train.batch(batches[step]), end, schedule, tick)
             run.losses.append(F.cross_entropy(predict(live, validation), validation.labels).item())
         runs = sorted(runs, key=lambda run: math.inf if math.isnan(run.losses[-1]) else run.losses[-1])
         for run in runs[kept:]:
@@ -118,8 +117,8 @@ def _trainable(live):
     return [p for p in live.parameters() if p.requires_grad]
 
 
-def _advance(live, run, batch, end, schedule, tick, keep):
-    """Go on with a run up to the step `end`; `keep` its state, so that another can have the model."""
+def _advance(live, run, batch, end, schedule, tick):
+    """Go on with a run up to the step `end`; before the last one its state is kept, so that another can have the model."""
     parameters = _trainable(live)
     optimizer = torch.optim.AdamW(parameters, run.rate, weight_decay=0.0)
     with torch.no_grad():
@@ -145,7 +144,7 @@ def _advance(live, run, batch, end, schedule, tick, keep):
             tick()
         run.seconds += time.perf_counter() - start
         run.random, run.step = torch.get_rng_state(), end
-    if keep:
+    if end < schedule.steps:
         run.tensors, run.optimizer = [p.detach().clone() for p in parameters], optimizer.state_dict()
 
 
