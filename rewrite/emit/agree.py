@@ -3,6 +3,7 @@
 The inputs are made up from the graph alone: ids within the tables that they index, masks of zeros and ones with padding on either side.
 """
 
+import contextlib
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from ..graph import attribute, count, expression, select
 from .mutation import short_name
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of the RMS of what PyTorch gives
+SMALL = 2**28  # bytes of weights up to which one thread is enough: on busy cores, waiting for others took 5 s where the work takes 20 ms
 OFFSETS = (4, -2, 1, 2, -1, 8, 3, 16, 32)
 PASSES_ON = {"view", "reshape", "unsqueeze", "expand", "slice", "to", "_to_copy", "add", "sub", "squeeze", "flatten", "contiguous", "clone", "alias", "type_as", "clamp"}
 
@@ -149,85 +151,123 @@ def difference(wanted, got):
     return float(np.abs(wanted - got).max() / (np.sqrt(np.mean(np.square(wanted))) or 1.0))
 
 
-def session(path, disabled=(), optimised=True):
-    """An ONNX Runtime session on the CPU."""
+@contextlib.contextmanager
+def threads(number):
+    """Run PyTorch with that many threads (0: as it is set) for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def session(path, disabled=(), optimised=True, threads=0):
+    """An ONNX Runtime session on the CPU, with that many threads (0: as many as there are cores)."""
     import onnxruntime  # only who exports needs it
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = threads
     if not optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(disabled))
 
 
-def agree(path, graph, nodes, placeholders, outputs, names, words, place):
-    """Compare a file with the graph at two sizes or more; an `Agreement`, or Broken / Refused in words.
+@dataclass(frozen=True)
+class Comparison:
+    """A written file beside the graph that it was written from.
 
-    `names` are (inputs, outputs), `words` name the symbols of the sizes, `place` begins each message.
+    `nodes`, `placeholders` and `outputs` are those that went into the file, `names` its (inputs, outputs), `words` name the symbols of
+    the sizes, `place` begins each message.
     """
-    cases, reasons, tried = [], [], []
-    device = next((p.device for p in graph.root.parameters()), torch.device("cpu"))
-    for i, point in enumerate(points(graph, placeholders, names[0])):
-        generator = torch.Generator().manual_seed(i)
-        given = {node: sample(node, point, generator).to(device) for node in placeholders}
-        feeds = {name: _numpy(tensor) for name, tensor in zip(names[0], given.values())}
-        try:
-            wanted = execute(graph.root, nodes, given, outputs)
-        except (RuntimeError, IndexError, ValueError) as error:
-            reasons.append(f"{_text(point, words)}: {error}")
-            continue
-        tried.append(point)
-        cases.append(Case(_text(point, words), given, feeds, wanted))
-        if sum(0 not in point.values() for point in tried) == 2:
-            break
-    if not cases:
-        raise Refused(f"{place}: the graph itself does not run at made-up sizes: {'; '.join(reasons[:2])}. Pass check=False to write the file unchecked.")
-    return _verdict(path, graph, nodes, outputs, names, place, cases)
 
+    path: object
+    graph: object
+    nodes: list
+    placeholders: list
+    outputs: list
+    names: tuple
+    words: dict
+    place: str
 
-def _verdict(path, graph, nodes, outputs, names, place, cases):
-    sizes = tuple(case.sizes for case in cases)
-    worst, where, excess = _worst(_load(path, place), names, cases, place)
-    if excess <= 1:
-        return Agreement(worst, sizes)
-    for disabled in (("Pad_Fusion",), None):  # Pad_Fusion moves a zero padding into a MaxPool, which pads with -inf
-        runner = _load(path, place, disabled) if disabled else _load(path, place, optimised=False)
-        error, _, rest = _worst(runner, names, cases, place)
-        if rest <= 1 and disabled:
-            return Agreement(error, sizes, disabled, (f"ONNX Runtime's {disabled[0]} is wrong here: InferenceSession(…, disabled_optimizers={list(disabled)})",))
+    def agree(self):
+        """Compare at two sizes or more (an empty cache in addition): an Agreement, or Broken / Refused in words."""
+        with threads(self._threads()):
+            return self._verdict(self._cases())
+
+    def _threads(self):
+        tensors = [*self.graph.root.parameters(), *self.graph.root.buffers()]
+        return 1 if sum(tensor.numel() * tensor.element_size() for tensor in tensors) < SMALL else 0
+
+    def _cases(self):
+        cases, reasons, full = [], [], 0
+        device = next((parameter.device for parameter in self.graph.root.parameters()), torch.device("cpu"))
+        for i, point in enumerate(points(self.graph, self.placeholders, self.names[0])):
+            generator = torch.Generator().manual_seed(i)
+            given = {node: sample(node, point, generator).to(device) for node in self.placeholders}
+            feeds = {name: _numpy(tensor) for name, tensor in zip(self.names[0], given.values())}
+            try:
+                wanted = self._wanted(given)
+            except (RuntimeError, IndexError, ValueError) as error:
+                reasons.append(f"{self._text(point)}: {error}")
+                continue
+            cases.append(Case(self._text(point), given, feeds, wanted))
+            full += 0 not in point.values()
+            if full == 2:
+                break
+        if not cases:
+            tried = "; ".join(reasons[:2])
+            raise Refused(f"{self.place}: the graph itself does not run at made-up sizes: {tried}. Pass check=False to write the file unchecked.")
+        return cases
+
+    def _verdict(self, cases):
+        sizes = tuple(case.sizes for case in cases)
+        worst, where, excess = self._worst(self._load(), cases)
+        if excess <= 1:
+            return Agreement(worst, sizes)
+        error, _, rest = self._worst(self._load(disabled=("Pad_Fusion",)), cases)  # it moves a zero padding into a MaxPool, which pads with -inf
+        if rest <= 1:
+            return Agreement(error, sizes, ("Pad_Fusion",), ("ONNX Runtime's Pad_Fusion is wrong here: InferenceSession(…, disabled_optimizers=['Pad_Fusion'])",))
+        error, _, rest = self._worst(self._load(optimised=False), cases)
         if rest <= 1:
             return Agreement(error, sizes, (), (f"ONNX Runtime's optimisations are wrong here ({where}): use GraphOptimizationLevel.ORT_DISABLE_ALL",))
-    exact = [execute(graph.root, nodes, case.given, outputs, double=True) for case in cases]
-    own = max(difference(_numpy(e), _numpy(w)) for case, found in zip(cases, exact) for e, w in zip(found, case.wanted))
-    ours = _worst(_load(path, place), names, [replace(case, wanted=found) for case, found in zip(cases, exact)], place)[0]
-    if ours <= 2 * own < 0.1:
-        return Agreement(worst, sizes, (), (f"rounding: against float64 the error is {ours:.1e} here and {own:.1e} in PyTorch",))
-    raise Broken(f"{place}: ONNX Runtime and PyTorch differ at {where}: error {worst:.1e} of the RMS. No file was written; please report it with this line.")
+        exact = [replace(case, wanted=self._wanted(case.given, double=True)) for case in cases]
+        torch_is = max(difference(_numpy(e), _numpy(w)) for case, other in zip(exact, cases) for e, w in zip(case.wanted, other.wanted))
+        this_is = self._worst(self._load(), exact)[0]
+        if this_is <= 2 * torch_is < 0.1:
+            return Agreement(worst, sizes, (), (f"rounding: against float64 the error is {this_is:.1e} here and {torch_is:.1e} in PyTorch",))
+        raise Broken(f"{self.place}: ONNX Runtime and PyTorch differ at {where}: error {worst:.1e} of the RMS. No file was written; please report it with this line.")
 
+    def _wanted(self, given, double=False):
+        return execute(self.graph.root, self.nodes, given, self.outputs, double)
 
-def _load(path, place, disabled=(), optimised=True):
-    try:
-        return session(path, disabled, optimised)
-    except Exception as error:  # ONNX Runtime's own exceptions have no public parent
-        raise Refused(f"{place}: ONNX Runtime cannot load the file: {str(error).strip()[:400]}\nCast the model to float32, or pass check=False.") from error
-
-
-def _worst(runner, names, cases, place):
-    """(worst error, where, worst error as a multiple of what is allowed)."""
-    worst, where, excess = 0.0, "", 0.0
-    taken = {item.name for item in runner.get_inputs()}
-    for case in cases:
+    def _load(self, **options):
         try:
-            got = runner.run(None, {name: value for name, value in case.feeds.items() if name in taken})
-        except Exception as error:  # as above
-            raise Broken(f"{place}: ONNX Runtime fails at {case.sizes}: {str(error).strip()[:400]}") from error
-        for name, want, have in zip(names[1], case.wanted, got, strict=True):
-            want = _tensor(want)
-            error = difference(_numpy(want), have)
-            ratio = error / TOLERANCE.get(want.dtype, 2e-5)
-            if ratio > excess:
-                worst, where, excess = error, f"{name} ({case.sizes})", ratio
-    return worst, where, excess
+            return session(self.path, threads=self._threads(), **options)
+        except Exception as error:  # ONNX Runtime's own exceptions have no public parent
+            words = str(error).strip()[:400]
+            raise Refused(f"{self.place}: ONNX Runtime cannot load the file: {words}\nCast the model to float32, or pass check=False.") from error
+
+    def _worst(self, runner, cases):
+        """(worst error, where, worst error as a multiple of what is allowed)."""
+        worst, where, excess = 0.0, "", 0.0
+        taken = {item.name for item in runner.get_inputs()}
+        for case in cases:
+            try:
+                got = runner.run(None, {name: value for name, value in case.feeds.items() if name in taken})
+            except Exception as error:  # as above
+                raise Broken(f"{self.place}: ONNX Runtime fails at {case.sizes}: {str(error).strip()[:400]}") from error
+            for name, want, have in zip(self.names[1], case.wanted, got, strict=True):
+                want = _tensor(want)
+                error = difference(_numpy(want), have)
+                ratio = error / TOLERANCE.get(want.dtype, 2e-5)
+                if ratio > excess:
+                    worst, where, excess = error, f"{name} ({case.sizes})", ratio
+        return worst, where, excess
+
+    def _text(self, point):
+        return ", ".join(f"{self.words.get(str(symbol), symbol)}={size}" for symbol, size in point.items()) or "the captured sizes"
 
 
 def _tensor(value):
@@ -237,8 +277,3 @@ def _tensor(value):
 def _numpy(value):
     value = _tensor(value).detach().cpu()
     return value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()
-
-
-def _text(point, words):
-    return ", ".join(f"{words.get(str(symbol), symbol)}={size}" for symbol, size in point.items()) or "the captured sizes"
-

@@ -17,7 +17,8 @@ from torch import fx
 
 from ..errors import Refused
 from ..graph import Graph, attribute
-from . import agree, arithmetic, mutation, translate
+from . import arithmetic, mutation, translate
+from .agree import Comparison
 from .building import IR_VERSION, OPSET, Value, onnx_dtype
 from .recast import recast
 from .writer import Untranslatable, Writer
@@ -72,7 +73,7 @@ def export_onnx(live, path, variant=None, cache=False, check=True):
         target = folder / path.name
         _save(model, target)
         names = tuple(value.name for value in model.graph.inputs), tuple(value.name for value in model.graph.outputs)
-        found = agree.agree(target, graph, nodes, placeholders, [out for _, out in outputs], names, words_of(graph), place) if check else None
+        found = Comparison(target, graph, nodes, placeholders, [out for _, out in outputs], names, words_of(graph), place).agree() if check else None
         size = sum(file.stat().st_size for file in folder.iterdir())
         for file in sorted(folder.iterdir(), key=lambda file: file == target):  # the weights first, the file that names them last
             os.replace(file, path.parent / file.name)
