@@ -19,10 +19,10 @@ ROUNDING = 1e-9
 class _Region:
     """One affine node with the made nodes around it: from the original x to the value that its users see."""
 
-    def __init__(self, edit, node):
+    def __init__(self, edit, node, results):
         self.edit, self.operation = edit, Operation.of(node)
         self.node, self.y = node, edit.live(node)
-        self.x = _original(node.args[self.operation.x])
+        self.x = _original(node.args[self.operation.x], results)
         self.nodes, self.reads, self.outside = self._cut()
 
     def _cut(self):
@@ -152,9 +152,9 @@ class _Region:
         return delta.reshape(weight.shape[1], -1).mT, bias.reshape(-1, bias.shape[-1])[0]
 
 
-def _original(node):
-    """The value that a made node stands for at the entry of an op: an `input` noun put it there."""
-    while "made" in node.meta and node.op != "get_attr":
+def _original(node, results):
+    """The value that a made node stands for at the entry of an op, where an `input` noun put it there; `results` of other ops stand for themselves."""
+    while "made" in node.meta and node.op != "get_attr" and node not in results:
         node = next(a for a in node.all_input_nodes if a.op != "get_attr")
     return node
 
@@ -178,7 +178,8 @@ def fold(edit, *, partial=False):
     Raises Refused, before anything is changed, with each reason, unless `partial` and something folds.
     """
     graph = edit.graph
-    regions = [_Region(edit, node) for node in graph.nodes if Operation.of(node) is not None and "made" not in node.meta]
+    results = {edit.live(node) for node in graph.nodes if "live" in node.meta}
+    regions = [_Region(edit, node, results) for node in graph.nodes if Operation.of(node) is not None and "made" not in node.meta]
     regions = [region for region in regions if region.made]
     folding = _decided(edit, regions, partial) if edit.main else [r for r in regions if r.path in edit.memo["folding"]]
     if edit.main:
@@ -186,8 +187,9 @@ def fold(edit, *, partial=False):
         values = {region.path: (region, *region.evaluate()) for region in folding}
         for region, weight, bias in values.values():
             _set(edit, region, weight, bias)
+    bare = {region.y: region.node for region in folding}  # one op's result may be another's x
     for region in folding:
-        _take_out(edit, region)
+        _take_out(edit, region, bare.get(region.x, region.x))
     left = {n.target for part in edit.graphs for n in part.nodes if n.op == "get_attr"}
     for path in [p for p in edit.made if p not in left]:
         g.remove(graph.root, path)
@@ -229,12 +231,12 @@ def _set(edit, region, weight, bias):
     edit.report.folded.update(names_of(root, target))
 
 
-def _take_out(edit, region):
+def _take_out(edit, region, x):
     graph, operation, node = edit.graph, region.operation, region.node
     region.y.replace_all_uses_with(node) if region.y is not node else None
     node.meta.pop("live", None)
     args = list(node.args)
-    args[operation.x] = region.x
+    args[operation.x] = x
     if operation.chain:
         first = operation.chain[0]
         first.args = (edit.attribute(operation.weight), *first.args[1:])

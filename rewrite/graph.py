@@ -211,7 +211,17 @@ def clone_tree(model):
             twin._modules[name] = None if child is None else visit(child)
         return twin
 
-    return visit(model)
+    return own_configs(visit(model))
+
+
+def own_configs(tree):
+    """Give a tree of clones configs of its own: a call, `generate` and trainers write into them."""
+    copies = {}
+    for module in tree.modules():
+        for name in ("config", "generation_config"):
+            if hasattr(module.__dict__.get(name), "to_dict"):
+                module.__dict__[name] = _copy.deepcopy(module.__dict__[name], copies)
+    return tree
 
 
 def expression(size):
