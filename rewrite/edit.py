@@ -302,7 +302,9 @@ class Edit:
         current = nodes[target]
         flag = lambda: self.attribute(".".join(p for p in (site.owner, "training") if p))  # noqa: E731
         anchor = max([n for n in (current, *inputs) if n.op not in ("get_attr", "placeholder")], default=None)
-        with self.graph.fx.inserting_before(self.top if anchor is None else anchor.next):
+        # a weight's new value goes right before what reads it there, anything else right after the last thing that it needs
+        reader = operation is not None and target in ("w", "b") and (operation.chain or (operation.node,))[0]
+        with self.graph.fx.inserting_before(reader or (min(current.users) if anchor is None else anchor.next)):
             new, own = body.paste(self.graph.fx, inputs, flag, {"path": site.owner, "made": self.kind, "role": f"made.{self.kind}", "site": site.path})
         self.by_name.update((n.name, n) for n in own)
         if new is current:
