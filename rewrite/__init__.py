@@ -1,18 +1,28 @@
-"""Parameter-efficient fine-tuning as a compiler: `rewrite(model, spec)` gives a live model whose graph the passes of the spec have rewritten."""
+"""Parameter-efficient fine-tuning as a compiler: `rewrite(model, spec)` gives a live model whose graph the passes of the spec have rewritten.
 
-from .capture import capture
-from .contract import Pass
-from .emit.live import source
-from .emit.onnx import export_onnx
-from .emit.program import export_program
-from .errors import Broken, Refused, RewriteError, SpecError
-from .pipeline import merge, rewrite
-from .roles import roles
-from .spec import Spec
-from .store import load, save
-from .text import diff, show, to_networkx
+A public name is imported when it is first asked for, so that `rewrite --help` does not wait for torch.
+"""
 
-__all__ = [
-    "Broken", "Pass", "Refused", "RewriteError", "Spec", "SpecError", "capture", "diff", "export_onnx", "export_program", "load", "merge",
-    "rewrite", "roles", "save", "show", "source", "to_networkx",
-]  # fmt: skip
+import importlib
+import sys
+from types import ModuleType
+
+_HOMES = {
+    "Broken": "errors", "Pass": "contract", "Refused": "errors", "RewriteError": "errors", "Spec": "spec", "SpecError": "errors",
+    "capture": "capture", "diff": "text", "export_onnx": "emit.onnx", "export_program": "emit.program", "load": "store", "merge": "pipeline",
+    "rewrite": "pipeline", "roles": "roles", "save": "store", "show": "text", "source": "emit.live", "to_networkx": "text",
+}  # fmt: skip
+__all__ = list(_HOMES)
+
+
+class _Package(ModuleType):
+    """This package, its public names properties: python binds a submodule of the same name (`rewrite.capture`) to the package, and may not."""
+
+
+def _public(name, home):
+    return property(lambda self: getattr(importlib.import_module(f"{__name__}.{home}"), name), lambda self, submodule: None)
+
+
+for _name, _home in _HOMES.items():
+    setattr(_Package, _name, _public(_name, _home))
+sys.modules[__name__].__class__ = _Package

@@ -98,6 +98,16 @@ def _refuse_not_finite(tensors, consequence):
                 raise Refused(f"{name}: {bad} of {tensor.numel()} values are NaN or infinite. The model {consequence}")
 
 
+def refuse_unwritable(folder):
+    """Raises Refused where `save` could not write to `folder`, so that the work before it need not be done in vain."""
+    folder = Path(folder)
+    place = next((p for p in (folder, *folder.parents) if os.path.lexists(p)), folder)
+    _refuse_foreign(folder)
+    if not place.is_dir() or not os.access(place if place != folder else folder.parent, os.W_OK):
+        reason = "may not be written to" if place.is_dir() else "is not a folder"
+        raise Refused(f"{folder}: cannot be written: {place} {reason}. Choose another folder. Nothing was written.")
+
+
 def _replace(folder, files):
     """Write a folder of files beside `folder`, then put it in its place."""
     folder = Path(os.path.abspath(folder))

@@ -19,7 +19,7 @@ from models import build, example
 from rewrite.contract import Pass
 from rewrite.errors import Refused, SpecError
 from rewrite.fingerprint import Fact, fingerprint
-from rewrite.pipeline import rewrite
+from rewrite.pipeline import merge, rewrite
 from rewrite.spec import Spec
 from rewrite.store import load, save
 
@@ -130,13 +130,19 @@ def test_trained_base_tensors_come_back(passes, tmp_path):
 
 def test_a_merged_model_comes_back(tmp_path):
     model = build("llama")
-    from rewrite.pipeline import merge
-
     live = train(rewrite(model, LORA))
     merged = merge(live)
     loaded = load(model, save(merged, tmp_path / "merged"))
     assert torch.equal(logits(loaded), logits(merged))
     assert not any("lora" in name for name in safetensors.torch.load_file(tmp_path / "merged" / "adapter.safetensors"))
+
+
+def test_lora_that_began_again_after_a_merge_comes_back(tmp_path):
+    model = build("llama")
+    live = train(rewrite(model, {"passes": [*LORA["passes"], {"pass": "merge"}, *LORA["passes"]]}))
+    folder = save(live, tmp_path / "adapter")
+    assert len(safetensors.torch.load_file(folder / "adapter.safetensors")) == 8
+    assert torch.equal(logits(load(model, folder)), logits(live))
 
 
 def test_tied_weights_are_written_once_and_stay_tied(tmp_path):
@@ -537,6 +543,11 @@ def test_a_file_or_a_link_in_the_way_is_left_alone(trained, saved, tmp_path):
     (tmp_path / "file").write_text("mine")
     assert "is a file, not a folder" in unsaved(trained[1], tmp_path / "file")
     assert "cannot be written: File exists" in unsaved(trained[1], tmp_path / "file" / "deeper")
+    for place in (tmp_path / "file" / "deeper", tmp_path / "file", tmp_path):
+        with pytest.raises(Refused, match="Nothing was written"):
+            store.refuse_unwritable(place)
+    for place in (saved, tmp_path / "new" / "deep"):
+        store.refuse_unwritable(place)
     (tmp_path / "link").symlink_to(saved)
     assert "is a link, not a folder" in unsaved(trained[1], tmp_path / "link")
     assert (tmp_path / "file").read_text() == "mine"
