@@ -251,8 +251,7 @@ class Alignment:
                 self.pairs[node] = Cast(node, self.pairs[_laid_out(node.args[0])], other)
                 continue
             if other is None or node.op != other.op or (node.op not in ("placeholder", "output") and node.target is not other.target and node.target != other.target):
-                path = (node if other is None else other).meta.get("path", "")
-                raise Misaligned(path, f"the two runs differ: {other.format_node() if other is not None else 'nothing'} / {node.format_node()}")
+                raise Misaligned(self._odd_one(other, node, first[place:]).meta.get("path", ""), f"the two runs differ: {other.format_node() if other is not None else 'nothing'} / {node.format_node()}")
             self.counters += [(other, counter.args[0].target) for counter in waiting]
             waiting = []
             self.pairs[node] = other
@@ -260,6 +259,12 @@ class Alignment:
             self._compare(other, node)
         if place != len(first):
             raise Misaligned(first[place].meta.get("path", ""), f"the two runs differ: {first[place].format_node()} / nothing")
+
+    @staticmethod
+    def _odd_one(ours, theirs, rest):
+        """Of two nodes that do not match, the one to blame: theirs, if nothing like it follows in our run."""
+        like = {(node.target, node.meta.get("path")) for node in rest}
+        return theirs if ours is None or (theirs.op != "output" and (theirs.target, theirs.meta.get("path")) not in like) else ours
 
     def _ours_alone(self, ours, theirs):
         """Whether our node is one that their run passed over: a cast to the dtype at hand, a slice that is whole at their sizes."""
@@ -366,7 +371,7 @@ class Merge:
             source = self._cast(cast.source)
             ours, theirs = source.meta["val"].dtype, cast.theirs.meta["val"].dtype
             made = self._before(cast.before, "call_function", aten.to.dtype, (source, ours))
-            made.meta = {**made.meta, **{key: cast.theirs.meta[key] for key in ("path", "call", "source") if key in cast.theirs.meta}, "val": source.meta["val"]}
+            made.meta = {**made.meta, **{key: cast.theirs.meta[key] for key in ("path", "call", "source") if key in cast.theirs.meta}, "read": {ours: cast.theirs.meta.get("read", {}).get(theirs)}, "val": source.meta["val"]}
             self.made[cast], self.partner[made] = made, cast.theirs
             if ours != theirs:
                 dtype = self._dtype(made, ours, theirs)
@@ -410,7 +415,7 @@ class Merge:
         raise Misaligned(node.meta.get("path", ""), f"argument {difference.name} of {node.format_node()} is {ours} in one run and {theirs} in the other")
 
     def _dtype(self, node, ours, theirs):
-        at_hand = self._at_hand(node, lambda value, other: value.dtype == ours and other.dtype == theirs)
+        at_hand = self._read(node, ours) or self._at_hand(node, lambda value, other: value.dtype == ours and other.dtype == theirs)
         if at_hand is None:
             self.notes.append(f"{node.meta.get('path') or 'the model'}: no value at hand has the dtype that {node.name} asks for; it stays {ours}")
             return None
@@ -419,6 +424,22 @@ class Merge:
             self.made[key] = self._before(node, "call_function", dtype_of, (at_hand,))
             self.made[key].meta["val"] = ours
         return self.made[key]
+
+    def _read(self, node, dtype):
+        """The tensor whose dtype the code read here: what `x.to(device)` moves, or a vector (a norm's weight) of this module.
+
+        Not so for matrices: a pass may store them in other dtypes. There, and for activations, the nearest value says the same.
+        """
+        if node.target in (aten.to.device, aten.to.dtype_layout) and node.args[0].meta["val"].dtype == dtype:
+            return node.args[0]
+        path, own = node.meta.get("read", {}).get(dtype), node.meta.get("path", "")
+        if path is None or not (path.startswith(f"{own}.") or not own):
+            return None
+        found = next((n for n in self.graph.nodes if n.op == "get_attr" and n.target == path and n.meta["val"].dim() == 1), None)
+        if found is not None and self.order[found] > self.order[node]:
+            node.prepend(found)
+            self.order[found] = self.order[node] - 0.75
+        return found
 
     def _at_hand(self, node, fits):
         """The nearest value before `node` that fits: upstream first, then the latest in its module, then the latest at all, last a tensor of the tree."""

@@ -40,6 +40,7 @@ from torch.fx.experimental.proxy_tensor import (
     snapshot_fake,
     wrap_key,
 )
+from torch.overrides import TorchFunctionMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.numbers import int_oo
@@ -51,6 +52,7 @@ from .opaque import stand_in
 
 aten = torch.ops.aten
 _CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default, aten.contiguous.default}
+_DTYPE = torch.Tensor.dtype.__get__
 _PRE_DISPATCH = torch._C.DispatchKeySet(torch._C.DispatchKey.PreDispatch)
 _LIBRARY = torch.__path__[0]
 
@@ -218,6 +220,20 @@ class Casts(ProxyTorchDispatchMode):
         return fresh
 
 
+class Reads(TorchFunctionMode):
+    """Remembers, by dtype, which tensor of the tree was last asked for it (`x.to(self.weight.dtype)`); any other tensor takes it back."""
+
+    def __init__(self, tracer):
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function == _DTYPE:
+            self.tracer.read = {**self.tracer.read, result: self.tracer.tensors.get(id(args[0]))}
+        return result
+
+
 class Tracer(PythonKeyTracer):
     """Writes nodes with the module they come from; tensors of the tree become `get_attr` by path, everything else stays a fake."""
 
@@ -228,13 +244,13 @@ class Tracer(PythonKeyTracer):
         self.opaque = opaque
         self.calls, self.stack, self.constants, self.called = Counter(), [], {}, set()
         self.made, self._constant_nodes = Counter(), {}
-        self.failed = None
+        self.failed, self.read = None, {}
 
     def create_node(self, kind, target, args, kwargs, name=None, type_expr=None):
         make = self.graph if kind == "get_attr" else super()
         node = make.create_node(kind, target, args, kwargs, name, type_expr)
         path, call = self.stack[-1] if self.stack else ("", 0)
-        node.meta.update(path=path, source=source_line())
+        node.meta.update(path=path, source=source_line(), read=self.read)
         if call:
             node.meta["call"] = call
         return node
@@ -273,6 +289,8 @@ class Tracer(PythonKeyTracer):
         self.made[owner] += 1
         self.constants[path] = value
         node = self.create_node("get_attr", path, (), {})
+        with disable_proxy_modes_tracing():
+            node.meta["val"] = self.fake_mode.from_tensor(value, static_shapes=True)
         self._constant_nodes[path] = node
         return node
 
@@ -345,7 +363,7 @@ def export_patches(model):
 
 def fake_tree(model, fake_mode, cast):
     """Shallow clones of a model's modules that hold fake tensors (`cast`: dtype → dtype) → (tree, {id(fake): path})."""
-    from .graph import _shallow
+    from .graph import _shallow, own_configs
 
     fakes, paths, modules = {}, {}, {}
 
@@ -371,7 +389,7 @@ def fake_tree(model, fake_mode, cast):
             twin._modules[name] = None if child is None else visit(child, at + name)
         return twin
 
-    return visit(model, ""), paths
+    return own_configs(visit(model, "")), paths
 
 
 def trace(model, variant, *, training=False, cast=lambda dtype: dtype, seed=0, least=False, opaque=()):
@@ -412,7 +430,7 @@ def trace(model, variant, *, training=False, cast=lambda dtype: dtype, seed=0, l
             for context in (
                 own_randomness(seed), torch.enable_grad(), export_patches(model), fake_mode, _NonStrictTorchFunctionHandler(), tracing(TracingContext(fake_mode)),
                 _override_builtin_ops(), _compiling_state_context(), enable_python_dispatcher(), PreDispatchTorchFunctionMode(tracer),
-                TorchFunctionMetadataMode(tracer), mode, disable_autocast_cache(),
+                TorchFunctionMetadataMode(tracer), Reads(tracer), mode, disable_autocast_cache(),
             ):  # fmt: skip
                 stack.enter_context(context)
             try:
