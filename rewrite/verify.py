@@ -107,7 +107,10 @@ def _at_hint(found, mode):
     """A signature at the sizes of the example: `Min(64, s)` and `s` are one where s was 7."""
     if isinstance(found, tuple):
         return tuple(_at_hint(part, mode) for part in found)
-    return found.xreplace(mode.shape_env.var_to_val) if isinstance(found, sympy.Basic) else found
+    if not isinstance(found, sympy.Basic):
+        return found
+    hints = getattr(mode.shape_env, "backed_var_to_val", None)  # its name since PyTorch 2.13
+    return found.xreplace(mode.shape_env.var_to_val if hints is None else hints)
 
 
 def signature_kept(graph, record):
