@@ -28,7 +28,8 @@ RESULTS = Path(__file__).parent / "results" / "onnx.json"
 
 
 def machine():
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.machine())
+    named = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    cpu = named[0] if named else platform.machine()
     return {"cpu": cpu, "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1), "python": platform.python_version()}
 
 
@@ -83,7 +84,9 @@ def main():
         order = "ours" if i % 2 == 0 else "theirs"
         done = subprocess.run([sys.executable, __file__, "--one", order], check=True, capture_output=True, text=True)
         rows.append({"first": order} | json.loads(done.stdout.splitlines()[-1]))
-        print(f"{order} first: {rows[-1]['ours']:.2f} s against {rows[-1]['theirs']:.2f} s, ratio {rows[-1]['ratio']:.3f}, {rows[-1]['nodes']} nodes against {rows[-1]['theirs_nodes']}")
+        row = rows[-1]
+        nodes = f"{row['nodes']} nodes against {row['theirs_nodes']}"
+        print(f"{order} first: {row['ours']:.2f} s against {row['theirs']:.2f} s, ratio {row['ratio']:.3f}, {nodes}")
     names = ("torch", "transformers", "onnxscript", "onnx-ir", "onnx", "onnxruntime-gpu")
     result = {
         "what": "seconds to write an ONNX file and check it in ONNX Runtime (ours), and of a bare torch.onnx.export (theirs)",

@@ -17,7 +17,10 @@ from .mutation import short_name
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of the RMS of what PyTorch gives
 SMALL = 2**28  # bytes of weights up to which one thread is enough: on busy cores, waiting for others took 5 s where the work takes 20 ms
 OFFSETS = (4, -2, 1, 2, -1, 8, 3, 16, 32)
-PASSES_ON = {"view", "reshape", "unsqueeze", "expand", "slice", "to", "_to_copy", "add", "sub", "squeeze", "flatten", "contiguous", "clone", "alias", "type_as", "clamp"}
+PASSES_ON = {
+    "view", "reshape", "unsqueeze", "squeeze", "flatten", "expand", "slice", "contiguous", "clone", "alias", "to", "_to_copy", "type_as",
+    "add", "sub", "clamp",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def points(graph, placeholders, names):
         if i == 2 and cached:
             out.insert(0, {symbol: 0 if symbol in cached else size for symbol, size in point.items()})
         out.append(point)
-    fits = lambda point: point != hints and all(check.condition.subs(point) in (True, 1) or check.condition.subs(point) == True for check in graph.checks)  # noqa: E712
+    fits = lambda point: point != hints and all(bool(check.condition.subs(point)) for check in graph.checks)
     return [point for point in out if fits(point)]
 
 
@@ -228,16 +231,19 @@ class Comparison:
             return Agreement(worst, sizes)
         error, _, rest = self._worst(self._load(disabled=("Pad_Fusion",)), cases)  # it moves a zero padding into a MaxPool, which pads with -inf
         if rest <= 1:
-            return Agreement(error, sizes, ("Pad_Fusion",), ("ONNX Runtime's Pad_Fusion is wrong here: InferenceSession(…, disabled_optimizers=['Pad_Fusion'])",))
+            note = "ONNX Runtime's Pad_Fusion is wrong here: InferenceSession(…, disabled_optimizers=['Pad_Fusion'])"
+            return Agreement(error, sizes, ("Pad_Fusion",), (note,))
         error, _, rest = self._worst(self._load(optimised=False), cases)
         if rest <= 1:
-            return Agreement(error, sizes, (), (f"ONNX Runtime's optimisations are wrong here ({where}): use GraphOptimizationLevel.ORT_DISABLE_ALL",))
+            note = f"ONNX Runtime's optimisations are wrong here ({where}): use GraphOptimizationLevel.ORT_DISABLE_ALL"
+            return Agreement(error, sizes, (), (note,))
         exact = [replace(case, wanted=self._wanted(case.given, double=True)) for case in cases]
         torch_is = max(difference(_numpy(e), _numpy(w)) for case, other in zip(exact, cases) for e, w in zip(case.wanted, other.wanted))
         this_is = self._worst(self._load(), exact)[0]
         if this_is <= 2 * torch_is < 0.1:
             return Agreement(worst, sizes, (), (f"rounding: against float64 the error is {this_is:.1e} here and {torch_is:.1e} in PyTorch",))
-        raise Broken(f"{self.place}: ONNX Runtime and PyTorch differ at {where}: error {worst:.1e} of the RMS. No file was written; please report it with this line.")
+        found = f"ONNX Runtime and PyTorch differ at {where}: error {worst:.1e} of the RMS"
+        raise Broken(f"{self.place}: {found}. Nothing was written; please report this.")
 
     def _wanted(self, given, double=False):
         return execute(self.graph.root, self.nodes, given, self.outputs, double)

@@ -9,7 +9,7 @@ from .building import onnx_dtype
 from .mutation import short_name
 from .shapes import sizes_of
 from .sizes import INT64
-from .writer import fake, name_of, own
+from .writer import common_dtype, fake, name_of, own
 
 BOOL, FLOAT = ir.DataType.BOOL, ir.DataType.FLOAT
 
@@ -31,7 +31,7 @@ def number(w, given, dtype):
 
 # one argument
 
-UNARY = {"abs": "Abs", "neg": "Neg", "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "cos": "Cos", "sin": "Sin", "tanh": "Tanh", "sigmoid": "Sigmoid", "relu": "Relu", "erf": "Erf", "ceil": "Ceil", "floor": "Floor", "sign": "Sign", "sgn": "Sign", "reciprocal": "Reciprocal", "round": "Round"}  # fmt: skip
+UNARY = ("abs", "neg", "exp", "log", "sqrt", "cos", "sin", "tanh", "sigmoid", "relu", "erf", "ceil", "floor", "sign", "reciprocal", "round")
 
 
 def unary(op):
@@ -45,8 +45,9 @@ def unary(op):
     return translate
 
 
-for _name, _op in UNARY.items():
-    own(_name)(unary(_op))
+for _name in UNARY:
+    own(_name)(unary(_name.capitalize()))
+own("sgn")(unary("Sign"))
 
 
 @own("rsqrt")
@@ -160,8 +161,7 @@ def remainder(w, node, x, y):
 
 def comparison(op, negated=False):
     def translate(w, node, x, y):
-        raw = [item.meta["val"] if isinstance(item, fx.Node) else item for item in node.args[:2]]
-        dtype = onnx_dtype(torch.result_type(*(1 if isinstance(i, torch.SymInt) else 1.0 if isinstance(i, torch.SymFloat) else i for i in raw)))
+        dtype = onnx_dtype(common_dtype(*(item.meta["val"] if isinstance(item, fx.Node) else item for item in node.args[:2])))
         if dtype == BOOL and op != "Equal":
             dtype = ir.DataType.INT32
         out = w.op(op, number(w, x, dtype), number(w, y, dtype), dtype=BOOL)
@@ -170,9 +170,9 @@ def comparison(op, negated=False):
     return translate
 
 
-for _name, _op in {"eq": "Equal", "lt": "Less", "le": "LessOrEqual", "gt": "Greater", "ge": "GreaterOrEqual", "less": "Less", "greater": "Greater"}.items():
+for _name, _op in {"eq": "Equal", "lt": "Less", "le": "LessOrEqual", "gt": "Greater", "ge": "GreaterOrEqual"}.items():
     own(_name)(comparison(_op))
-own("ne", "not_equal")(comparison("Equal", negated=True))
+own("ne")(comparison("Equal", negated=True))
 
 
 def logic(op, of_bits):
@@ -322,7 +322,8 @@ def histc(w, node, x, bins=100, min=0, max=0):
     dtype, bins = dtype_of(node), int(bins)
     x = w.op("Reshape", w.cast(x, FLOAT), [-1], dtype=FLOAT)
     place = w.op("Div", w.op("Mul", w.op("Sub", x, float(min), dtype=FLOAT), float(bins), dtype=FLOAT), float(max - min), dtype=FLOAT)
-    place = w.op("Where", w.op("Equal", x, float(max), dtype=BOOL), float(bins - 1), w.op("Floor", place, dtype=FLOAT), dtype=FLOAT)  # the last bin has both ends
+    last = w.op("Equal", x, float(max), dtype=BOOL)  # the last bin has both its ends
+    place = w.op("Where", last, float(bins - 1), w.op("Floor", place, dtype=FLOAT), dtype=FLOAT)
     hits = w.op("Equal", w.op("Unsqueeze", place, [1], dtype=FLOAT), w.value([float(i) for i in range(bins)]), dtype=BOOL)
     return w.op("ReduceSum", w.cast(hits, dtype), [0], keepdims=0, dtype=dtype)
 
@@ -337,7 +338,9 @@ def arange(w, node, *given, dtype=None, **kwargs):
     return w.cast(w.op("Range", *(number(w, item, kind) for item in (start, end, step)), dtype=kind), dtype_of(node))
 
 
-FILL = {"zeros": 0, "zeros_like": 0, "new_zeros": 0, "ones": 1, "ones_like": 1, "new_ones": 1, "empty": 0, "empty_like": 0, "new_empty": 0, "empty_strided": 0, "new_empty_strided": 0, "zero": 0}  # fmt: skip
+FILL = {"zero": 0, "empty_strided": 0, "new_empty_strided": 0}
+for _name, _value in (("zeros", 0), ("ones", 1), ("empty", 0)):
+    FILL |= {_name: _value, f"{_name}_like": _value, f"new_{_name}": _value}
 
 
 @own(*FILL)

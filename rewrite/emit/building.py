@@ -22,6 +22,11 @@ def memory(tensor):
     return (tensor.data_ptr(), str(tensor.dtype), tuple(tensor.shape), tensor.stride())
 
 
+def _later(tensor):
+    """The tensor as ONNX data, laid out in memory only when the file is written."""
+    return ir.LazyTensor(lambda: tensor_adapters.TorchTensor(tensor.contiguous()), dtype=onnx_dtype(tensor.dtype), shape=ir.Shape(tensor.shape))
+
+
 class Value(ir.Value):
     """An ONNX value on which Python's operators write nodes: torchlib's functions are plain Python that says `x + 1`."""
 
@@ -140,8 +145,7 @@ class Builder:
         key = memory(tensor)
         if key not in self._weights:
             tensor = tensor.detach().cpu()
-            lazy = ir.LazyTensor(lambda: tensor_adapters.TorchTensor(tensor.contiguous()), dtype=onnx_dtype(tensor.dtype), shape=ir.Shape(tensor.shape))
-            value = self._weights[key] = self.initializer(name, lazy)
+            value = self._weights[key] = self.initializer(name, _later(tensor))
             self._stored[id(value)] = key, tensor
         return self._weights[key]
 
@@ -150,8 +154,7 @@ class Builder:
         key, tensor = self._stored.get(id(weight), (None, None))
         if key is None or self.uses[key] != 1:
             return self.op("Transpose", weight, perm=[1, 0], dtype=weight.dtype)
-        lazy = ir.LazyTensor(lambda: tensor_adapters.TorchTensor(tensor.t().contiguous()), dtype=weight.dtype, shape=ir.Shape(tuple(tensor.shape)[::-1]))
-        return self.initializer(f"{weight.name}.transposed", lazy)
+        return self.initializer(f"{weight.name}.transposed", _later(tensor.t()))
 
     def cast(self, given, dtype):
         value = self.value(given, None if isinstance(given, ir.Value) else dtype)

@@ -12,8 +12,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from . import shapes
 
 HARMLESS = {"detach_": "detach", "requires_grad_": "alias", "set_data": "alias"}
-MAYBE = {"reshape", "contiguous", "flatten", "unflatten", "reshape_as", "to", "type_as", "ravel", "dropout", "feature_dropout", "alpha_dropout", "conj", "resolve_conj"}
-SAME = {"alias", "contiguous", "to", "type_as", "detach", "dropout", "feature_dropout", "alpha_dropout", "lift"}
+DROPOUT = {"dropout", "feature_dropout", "alpha_dropout"}
+MAYBE = {"reshape", "contiguous", "flatten", "unflatten", "reshape_as", "to", "type_as", "ravel", "conj", "resolve_conj"} | DROPOUT
+SAME = {"alias", "contiguous", "to", "type_as", "detach", "lift"} | DROPOUT
 RESHAPED = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as", "reshape_as", "ravel"}
 
 

@@ -50,7 +50,8 @@ class ExportReport:
     def __str__(self):
         checked = "not checked" if self.error is None else f"error {self.error:.1e} of the RMS in ONNX Runtime ({'; '.join(self.sizes)})"
         head = f"{self.path}: {self.bytes / 1e6:.1f} MB, {self.nodes} nodes, opset {self.opset}, {checked}"
-        return "\n".join([head, f"  inputs   {', '.join(self.inputs)}", f"  outputs  {', '.join(self.outputs)}", *(f"  {note}" for note in self.notes)])
+        ends = f"  inputs   {', '.join(self.inputs)}", f"  outputs  {', '.join(self.outputs)}"
+        return "\n".join([head, *ends, *(f"  {note}" for note in self.notes)])
 
 
 def export_onnx(live, path, variant=None, cache=False, check=True):
@@ -94,7 +95,8 @@ def _variant(live, variant, cache):
         return graph
     if variant not in graph.variants:
         has = ", ".join(repr(name) for name in (graph.name, *graph.variants))
-        raise Refused(f"export_onnx: this model has no graph {variant!r}{' (cache=True)' if cache else ''}. It has: {has}. Choose one with variant=….")
+        asked = f"{variant!r} (cache=True)" if cache else repr(variant)
+        raise Refused(f"export_onnx: this model has no graph {asked}. It has: {has}. Choose one with variant=….")
     return graph.variants[variant]
 
 
@@ -152,7 +154,8 @@ def _workplace(path):
     try:
         return Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
-        raise Refused(f"export_onnx: cannot write in {path.parent.resolve()}: {error.strerror}. Choose a folder that exists and is writable.") from error
+        where = path.parent.resolve()
+        raise Refused(f"export_onnx: cannot write in {where}: {error.strerror}. Choose a folder that exists and is writable.") from error
 
 
 def _model(graph, nodes, placeholders, outputs, place):

@@ -40,7 +40,8 @@ def recast(graph, place):
 
 def _value(node, before):
     """The fake value of a call, from the new values of its arguments; sizes stay as they were."""
-    if node.target in HOST and node.target not in (select, dtype_of, least, operator.getitem) or isinstance(before, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+    is_size = isinstance(before, (torch.SymInt, torch.SymFloat, torch.SymBool))
+    if is_size or node.target in HOST and node.target not in (select, dtype_of, least, operator.getitem):
         return before
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: _static(source))
     if node.target is select:

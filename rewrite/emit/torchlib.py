@@ -12,7 +12,7 @@ from onnxscript import evaluator, values
 from onnxscript.function_libs.torch_lib import ops as _ops  # noqa: F401  (fills the registry)
 from onnxscript.function_libs.torch_lib import registration
 
-ALIASES = {"__and__": "bitwise_and", "__or__": "bitwise_or", "__xor__": "bitwise_xor", "__lshift__": "bitwise_left_shift", "__rshift__": "bitwise_right_shift"}
+ALIASES = {"__lshift__": "bitwise_left_shift", "__rshift__": "bitwise_right_shift"}
 MODES = {"bilinear": "linear", "bicubic": "cubic"}  # GridSample's, renamed in opset 20
 
 
@@ -78,13 +78,14 @@ class Torchlib(evaluator.Evaluator):
             count = attributes["num_outputs"]
         elif op.name == "BatchNormalization" and not attributes.get("training_mode"):
             count = 1
-        given = [self.writer.value(value, bound.get(parameter.type_constraint.name) or _only(parameter.type_constraint)) for parameter, value in inputs]
+        dtype = lambda constraint: bound.get(constraint.name) or _only(constraint)
+        given = [self.writer.value(value, dtype(parameter.type_constraint)) for parameter, value in inputs]
         out = self.writer.op(op.name, *given, n=count, domain=op.domain, **attributes)
         for value, parameter in zip([out] if count == 1 else out, signature.outputs):
             constraint = parameter.type_constraint
-            dtype = ir.DataType(attributes["to"]) if op.name == "Cast" else bound.get(constraint.name) or _only(constraint)
-            if dtype is not None and not isinstance(next(iter(constraint.allowed_types)), ir.SequenceType):
-                value.type = ir.TensorType(dtype)
+            kind = ir.DataType(attributes["to"]) if op.name == "Cast" else dtype(constraint)
+            if kind is not None and not isinstance(next(iter(constraint.allowed_types)), ir.SequenceType):
+                value.type = ir.TensorType(kind)
         return out
 
     def _signature(self, op):

@@ -255,7 +255,8 @@ def conv(w, node, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=
 
 
 def _ones(w, sizes, dtype):
-    return w.initializer(f"ones_{'x'.join(map(str, sizes))}_{onnx_dtype(dtype).name.lower()}", tensor_adapters.TorchTensor(torch.ones(sizes, dtype=dtype)))
+    name = f"ones_{'x'.join(map(str, sizes))}_{onnx_dtype(dtype).name.lower()}"
+    return w.initializer(name, tensor_adapters.TorchTensor(torch.ones(sizes, dtype=dtype)))
 
 
 @own("layer_norm")

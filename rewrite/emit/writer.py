@@ -52,6 +52,12 @@ def name_of(target):
     return target.name() if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
 
 
+def common_dtype(x, y):
+    """The dtype in which two fake values or numbers are compared."""
+    plain = lambda item: 1 if isinstance(item, torch.SymInt) else 1.0 if isinstance(item, torch.SymFloat) else item
+    return torch.result_type(plain(x), plain(y))
+
+
 class Writer(Builder):
     """One graph on its way to ONNX. `fallen` counts the ops that went to torchlib or were decomposed, for the report."""
 
@@ -217,7 +223,7 @@ class Writer(Builder):
             compared = [item for item in raw if isinstance(item, (torch.Tensor, int, float, torch.SymInt, torch.SymFloat))]
             if len(compared) < 2:
                 return args
-            dtype = torch.result_type(*(1 if isinstance(item, torch.SymInt) else 1.0 if isinstance(item, torch.SymFloat) else item for item in compared[:2]))
+            dtype = common_dtype(*compared[:2])
         out = list(args)
         for i, item in enumerate(raw):
             if isinstance(item, torch.Tensor) and i != apart and item.dtype != dtype and not item.is_complex():
