@@ -13,7 +13,7 @@ after the head.
 
 import contextlib
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -97,6 +97,19 @@ class Entry:
             tuple(graph.inputs),
         )
 
+    def unlabelled(self):
+        """The same graph without labels and loss, as `emit.unlabelled` makes it."""
+        slots = tuple(slot for slot in self.slots if slot.default != "label")
+        gone = {slot.name for slot in self.slots if slot.default == "label"}
+        fields, shift = [], 0
+        for name, tree, start, end in self.fields:
+            if name == "loss":
+                shift = end - start
+            else:
+                fields.append((name, tree, start - shift, end - shift))
+        inputs = tuple(name for name in self.inputs if name not in gone)
+        return replace(self, name="unlabelled", slots=slots, names=self.names - gone, fields=tuple(fields), inputs=inputs)
+
 
 @dataclass(eq=False)
 class Signature:
@@ -130,12 +143,15 @@ class Signature:
             own = [v for v in own if v.name not in ("first", "next")]
         encoder = next((v for v in variants if v.name == "encoder" and v.name in graphs and not owner), None)
         parameters = inspect.signature(module.forward).parameters
+        entries = {v.name: Entry.of(graphs[v.name], v, trees[v.name]) for v in own}
+        if any(slot.default == "label" for slot in entries[own[0].name].slots):
+            entries["unlabelled"] = entries[own[0].name].unlabelled()
         return cls(
             what=type(module).__name__,
             names=tuple(n for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)),
             is_open=any(p.kind is p.VAR_KEYWORD for p in parameters.values()),
             fixed={n: p.default for n, p in parameters.items() if isinstance(p.default, (bool, int, float, str))},
-            entries={v.name: Entry.of(graphs[v.name], v, trees[v.name]) for v in own},
+            entries=entries,
             hugging_face=is_hugging_face(module),
             caching="use_cache" in parameters and is_hugging_face(module) and module.can_generate(),
             encoder=encoder and encoder.owner,
@@ -172,7 +188,7 @@ class Signature:
             value = slot.take(given)
             if value is not None:
                 value = slot.admit(value, sizes, what)
-            elif slot.default is None and not slot.unused:
+            elif slot.default in (None, "label") and not slot.unused:
                 raise Refused(f"{what}: {slot.name} is missing; the graph takes {slot.picture()}.")
             if value is None or slot.derived:
                 late.append((len(values), slot))
@@ -207,12 +223,12 @@ class Signature:
 
     def _choose(self, live, given, watched):
         """The graph that serves this call; runs the encoder's where its outputs are needed and were not handed over."""
-        main = next(iter(self.entries.values()))
+        labelled = any(given.get(name) is not None for name in self.labels)
+        main = next(iter(self.entries.values())) if labelled or "unlabelled" not in self.entries else self.entries["unlabelled"]
         if not self.caching:
             return main
         cache, wanted = given.get(CACHE), given.get("use_cache")
-        labelled = any(given.get(name) is not None for name in self.labels)
-        if len(self.entries) == 1:
+        if "past" not in self.entries and "next" not in self.entries:
             if wanted:
                 raise Refused(
                     f"{self.what}: use_cache=True, but no variant with a cache was captured.\n"
@@ -303,8 +319,6 @@ class Signature:
             fields["logits"] = self._kept(fields["logits"], keep)
         if self.loss is not None and labelled:
             fields["loss"] = self._lose(live, given, fields)
-        elif not labelled:
-            fields.pop("loss", None)
         if call.watched is not None:
             fields.update(self.hidden.collect(live, call.watched))
         output = entry.tree.cls(**fields)

@@ -62,7 +62,7 @@ class Slot:
 
     name: the argument it comes from; path: the way to it inside a nested argument, as (key, index) pairs. sizes: (dimension, number
     or symbol) of its shape; derived: (dimension, Formula) where a dimension follows from others. words: symbol → "batch", "length", ….
-    default: "ones", "zeros", "positions" (from `start` on), "label" (any: the loss is dropped), or None where it must be given.
+    default: "ones", "zeros", "positions" (from `start` on), or None where it must be given, "label" where a loss asks for it.
     unused: the graph never reads it, so nothing is asked of it.
     """
 

@@ -155,6 +155,9 @@ def test_other_heads(head):
     inputs = models.example("bert", batch=2, length=9)
     labels = {"labels": inputs["input_ids"] % 2} if head in (T.BertForTokenClassification, T.BertForMaskedLM) else {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 8])} if head is T.BertForQuestionAnswering else {}
     assert equal(dict(model(**inputs)), dict(live(**inputs))) and equal(dict(model(**inputs, **labels)), dict(live(**inputs, **labels)))
+    assert live._calls == (["unlabelled", "forward"] if labels else ["forward", "forward"])
+    if len(labels) == 2:
+        refused(live, "end_positions is missing", **inputs, start_positions=labels["start_positions"])
 
 
 # ---- the same as the original

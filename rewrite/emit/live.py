@@ -20,6 +20,7 @@ from ..errors import Refused
 from ..graph import attribute
 from .outline import Piece, outline
 from .source import block_source, top_source
+from .unlabelled import unlabelled
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,13 @@ def make_live(graph):
     """The live model of a graph and its variants: `graph.root`, re-classed in place. Raises Refused for a model with device-map hooks."""
     root = graph.root
     refuse_hooks(root)
-    cuts = {variant.name: outline(variant) for variant in graph.all()}
+    for module in root.modules():  # the tree of a live model that is rewritten further
+        if "_printed" in vars(type(module)):
+            module.__class__ = type(module)._printed.base
+    printed = graph.all()
+    if (plain := unlabelled(graph)) is not None:
+        printed.append(plain)
+    cuts = {variant.name: outline(variant) for variant in printed}
     bodies, names = {}, {}  # block path -> {text: body name}; piece -> its body name, or None for the block's first
     for name, cut in cuts.items():
         for piece in cut.steps:
@@ -48,7 +55,7 @@ def make_live(graph):
                 body = texts.setdefault(block_source(piece, attribute(root, piece.path)), f"{name}.{piece.call}" if piece.call else name)
                 names[piece] = None if body == next(iter(texts.values())) else body
     tops = {}  # owner path -> [(variant name, text)]
-    for variant in graph.all():
+    for variant in printed:
         cut = cuts[variant.name]
         variant.notes += [note for note in cut.notes if note not in variant.notes]
         tops.setdefault(variant.owner, []).append((variant.name, top_source(cut, root, variant.name, variant.owner, names)))
