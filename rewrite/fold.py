@@ -80,17 +80,17 @@ class _Region:
         """Does another reader of the same weight carry the same additions (a block that is used twice)?"""
         if part is self.edit.graph and (user is self.node or user in self.nodes):
             return True
-        while Operation.of(user) is None and len(user.users) == 1:
-            user = next(iter(user.users))
-        made = {a.target for n in self.made for a in n.all_input_nodes if a.op == "get_attr"}
-        near, todo = set(), [user]
+        wanted = {a.target for n in self.made for a in n.all_input_nodes if a.op == "get_attr"} - {self.path}
+        readings = [found for node in part.nodes if (found := Operation.of(node)) is not None and found.weight == self.path]
+        own = {node for found in readings for node in (found.node, *found.chain)}
+        seen, todo = {user}, [user]
         while todo:
             node = todo.pop()
-            for other in (*node.users, *node.all_input_nodes):
-                if "made" in other.meta and other.op != "get_attr" and other not in near:
-                    near.add(other)
-                    todo.append(other)
-        return made <= {a.target for n in near for a in n.all_input_nodes if a.op == "get_attr"}
+            if node in own or "made" in node.meta:
+                near = [n for n in (*node.users, *node.all_input_nodes) if n not in seen and n.op != "get_attr" and (n in own or "made" in n.meta)]
+                seen.update(near)
+                todo += near
+        return wanted <= {a.target for n in seen for a in n.all_input_nodes if a.op == "get_attr"}
 
     def _random(self, path):
         """A tensor's value for the question whether the region is affine: new tensors at random, since one that starts at zero hides what it gates."""
