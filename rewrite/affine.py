@@ -195,9 +195,10 @@ def _is_made(flow, node, limit=32):
 
 
 def rows_in(flow, operation, inside):
-    """The OUT rows of an affine op that reach a value, given the nodes between (`Flow.cone`): Rows, None for all of them, empty Rows where it cannot be told.
+    """The OUT rows of an affine op that reach a value: Rows, None for all of them, empty Rows where it cannot be told.
 
-    Row numbers are sent through the very ops of the graph that only move numbers; where numbers change (rotary, a norm) all rows that come so far count.
+    `inside`: the nodes between (`Flow.cone`). Row numbers are sent through the very ops of the graph that only move numbers, or change
+    each by itself; where several are mixed (rotary, a norm) all rows that come so far count.
     """
     members = set(inside)
     axis = flow.affine[operation].axis
@@ -208,7 +209,9 @@ def rows_in(flow, operation, inside):
     followed = {operation}
     for node in way:
         for user in node.users:
-            if user in members and user not in followed and node in flow.reads[user] and (flow.is_view(user) or _keeps_rows(flow, user, node, followed)):
+            if user not in members or user in followed or node not in flow.reads[user]:
+                continue
+            if flow.is_view(user) or _keeps_rows(flow, user, node, followed):
                 followed.add(user)
                 way.append(user)
                 narrowed = narrowed or flow.narrows(user)

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from .affine import rows_in
-from .dataflow import ATTENTIONS, PRODUCTS
+from .dataflow import ATTENTIONS, PRODUCTS, value
 
+# what may happen to probabilities before they meet the values
+_KEEPING = frozenset({"mul", "mul_", "add", "div", "masked_fill", "masked_fill_", "where", "nan_to_num"})
 _SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
 
 
@@ -38,8 +40,7 @@ def find_attention(flow):
         name = flow.name[node]
         if name in ATTENTIONS:
             mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-            y = node if flow.name[node] == "scaled_dot_product_attention" or node.meta.get("val") is not None and hasattr(node.meta["val"], "shape") else None
-            y = y or next((user for user in node.users if user.args[1:] == (0,)), node)
+            y = node if value(node) is not None else next((user for user in node.users if user.args[1:] == (0,)), node)
             found.append(Attention(*node.args[:3], mask if isinstance(mask, fx.Node) else None, y))
         elif name in _SOFTMAX:
             written = _written_out(flow, node)
@@ -70,7 +71,10 @@ def _operands(flow, product):
 
 def _is_product(flow, node):
     """A product of two activations."""
-    return flow.name[node] in PRODUCTS and node not in flow.affine and len(_operands(flow, node)) == 2 and all(a in flow.content for a in _operands(flow, node))
+    if flow.name[node] not in PRODUCTS or node in flow.affine:
+        return False
+    operands = _operands(flow, node)
+    return len(operands) == 2 and all(operand in flow.content for operand in operands)
 
 
 def _reads_probabilities(flow, softmax):
@@ -83,7 +87,7 @@ def _reads_probabilities(flow, softmax):
         if _is_product(flow, node):
             a, b = _operands(flow, node)
             return node, (b if a is parent else a)
-        if flow.is_view(node) or flow.name[node] in ("mul", "mul_", "masked_fill", "masked_fill_", "where", "nan_to_num", "add", "div", "unsafe_view"):
+        if flow.is_view(node) or flow.name[node] in _KEEPING:
             queue += [(node, user) for user in node.users]
         if len(queue) > 64:
             return None
@@ -91,7 +95,10 @@ def _reads_probabilities(flow, softmax):
 
 
 def _scores(flow, node):
-    """`(q kᵀ, other products)` behind a softmax: the nearest product of two values that depend on the inputs, else the nearest of two activations."""
+    """`(q kᵀ, other products)` behind a softmax.
+
+    q kᵀ is the nearest product of two values that depend on the inputs, else the nearest one; the others bring positions in.
+    """
     queue, seen, products = [node], {node}, []
     for current in queue:
         if current in flow.affine or current in flow.stream or current.op != "call_function":

@@ -15,7 +15,7 @@ from .dataflow import is_float, value
 
 _ADDS = frozenset({"add", "add_", "sub", "index_add"})
 _PICKS = frozenset({"topk", "argmax", "max", "argsort", "sort"})
-_INDEXING = frozenset({"index", "index_select", "gather", "index_add", "index_add_", "scatter", "scatter_", "scatter_add", "scatter_add_", "one_hot", "where", "eq"})
+_INDEXING = frozenset("index index_select gather index_add index_add_ scatter scatter_ scatter_add scatter_add_ one_hot where eq".split())
 
 
 @dataclass(eq=False)

@@ -12,33 +12,50 @@ import operator
 
 import torch
 
-from .graph import attribute, shape
+from .graph import HOST, attribute, shape
 
-_VIEWS = frozenset(
-    "view _unsafe_view reshape transpose permute t mT expand expand_as contiguous clone alias unsqueeze squeeze flatten unflatten movedim moveaxis swapaxes swapdims "
-    "slice select narrow split split_with_sizes chunk unbind unsafe_chunk unsafe_split unsafe_split_with_sizes tensor_split roll flip repeat repeat_interleave "
-    "cat stack concat concatenate rot90 pixel_shuffle pixel_unshuffle view_as reshape_as numpy_T tile broadcast_to lift_fresh_copy".split()
-)  # fmt: skip
+_VIEWS = frozenset("""
+    view _unsafe_view reshape transpose permute t mT numpy_T expand expand_as broadcast_to contiguous clone alias unsqueeze squeeze flatten unflatten
+    movedim moveaxis swapaxes swapdims slice select narrow split split_with_sizes chunk unbind unsafe_chunk unsafe_split unsafe_split_with_sizes
+    tensor_split roll flip repeat repeat_interleave tile cat stack concat concatenate rot90 pixel_shuffle pixel_unshuffle view_as reshape_as
+    lift_fresh_copy
+""".split())  # fmt: skip
 _CASTS = frozenset("to _to_copy type_as detach detach_ lift_fresh float half bfloat16 double requires_grad_".split())
 _DROPS = frozenset("dropout native_dropout feature_dropout alpha_dropout dropout_".split())
-_NARROWING = frozenset("slice select narrow split split_with_sizes chunk unbind unsafe_chunk unsafe_split unsafe_split_with_sizes tensor_split".split())
-# Regular axes are reordered but never dropped or doubled: the module tree calls these the same value.
+_NARROWING = frozenset("""
+    slice select narrow split split_with_sizes chunk unbind unsafe_chunk unsafe_split unsafe_split_with_sizes tensor_split
+""".split())  # fmt: skip
+# the axes are arranged otherwise, nothing is dropped or doubled
+_REORDERS = frozenset("""
+    view _unsafe_view reshape transpose permute t mT contiguous clone alias unsqueeze squeeze flatten unflatten movedim moveaxis
+""".split())  # fmt: skip
+# what is written into the result does not reach the argument
 _COPIES = frozenset("index index_select cat stack concat repeat clone contiguous roll flip repeat_interleave tile to _to_copy dropout".split())
-_REORDERS = frozenset("view _unsafe_view reshape transpose permute t mT contiguous clone alias unsqueeze squeeze flatten unflatten movedim moveaxis".split())
-_NONLINEAR = frozenset(
-    "relu relu_ gelu gelu_ silu silu_ sigmoid sigmoid_ tanh tanh_ elu elu_ selu celu leaky_relu leaky_relu_ hardswish hardswish_ hardsigmoid hardtanh hardtanh_ "
-    "mish mish_ softplus prelu relu6 relu6_ glu pow square exp erf log_sigmoid softsign abs sin cos threshold rrelu hardshrink log_sigmoid_forward".split()
-)  # fmt: skip
-PRODUCTS = frozenset("matmul mm bmm baddbmm addmm addbmm einsum linalg_vecdot dot mv _grouped_mm".split())
-_MIXING = PRODUCTS | frozenset("cumsum cumprod logcumsumexp cummax associative_scan scan while_loop cond stft fft_fft fft_fft2 fft_rfft convolution conv1d conv2d conv3d".split())
-_ELEMENTWISE = _NONLINEAR - {"glu"} | frozenset("add add_ sub sub_ mul mul_ div div_ neg clamp clamp_ clamp_min clamp_max masked_fill rsub reciprocal rsqrt sqrt minimum maximum".split())
+_NONLINEAR = frozenset("""
+    relu relu_ gelu gelu_ silu silu_ sigmoid sigmoid_ tanh tanh_ elu elu_ selu celu leaky_relu leaky_relu_ hardswish hardswish_ hardsigmoid hardtanh
+    hardtanh_ mish mish_ softplus prelu relu6 relu6_ glu pow square exp erf log_sigmoid log_sigmoid_forward softsign abs sin cos threshold rrelu
+    hardshrink
+""".split())  # fmt: skip
+_ARITHMETIC = frozenset("""
+    add add_ sub sub_ mul mul_ div div_ neg clamp clamp_ clamp_min clamp_max masked_fill rsub reciprocal rsqrt sqrt minimum maximum
+""".split())  # fmt: skip
+_ELEMENTWISE = _ARITHMETIC | _NONLINEAR - {"glu"}
+_SCALINGS = frozenset({"mul", "mul_", "div", "div_"})
 _SHAPED_LIKE = frozenset("new_empty new_zeros new_ones new_full empty_like zeros_like ones_like full_like rand_like randn_like sym_size".split())
-_SCALINGS = frozenset("mul mul_ div div_".split())
+_NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
+PRODUCTS = frozenset("matmul mm bmm baddbmm addmm addbmm einsum linalg_vecdot dot mv".split())
+ATTENTIONS = frozenset("""
+    scaled_dot_product_attention _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
+    _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_attention_math flex_attention
+""".split())  # fmt: skip
+_MIXING = PRODUCTS | ATTENTIONS | frozenset("""
+    cumsum cumprod logcumsumexp cummax associative_scan scan while_loop cond stft fft_fft fft_fft2 fft_rfft convolution conv1d conv2d conv3d
+""".split())  # fmt: skip
 
 
 def op_name(node):
-    """`linear` for aten.linear.default, the bare name of any other target; "" for nodes that are no calls."""
-    if node.op != "call_function":
+    """`linear` for aten.linear.default, the bare name of another operator; "" for what is none (size arithmetic, getitem, modules)."""
+    if node.op != "call_function" or node.target in HOST:
         return ""
     packet = getattr(node.target, "overloadpacket", None)
     return packet.__name__ if packet is not None else getattr(node.target, "__name__", str(node.target))
@@ -57,7 +74,7 @@ def is_float(node):
 
 def tensors(node):
     """The inputs of a node that are tensors or lists of them, in order (sizes are left out)."""
-    return [n for n in node.all_input_nodes if not isinstance(n.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool))]
+    return [n for n in node.all_input_nodes if not isinstance(n.meta.get("val"), _NUMBERS)]
 
 
 class Flow:
@@ -82,7 +99,7 @@ class Flow:
         """Tensor → the ops that write into a part of it (`k[..., :n] = x`): to a reader of the tensor they are inputs."""
         writes = {}
         for node in self.nodes:
-            if not (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable and node.args and isinstance(node.args[0], torch.fx.Node)):
+            if not (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable):
                 continue
             base = node.args[0]
             while self.is_view(base) and self.name[base] not in _COPIES and isinstance(base.args[0], torch.fx.Node):
@@ -152,7 +169,7 @@ class Flow:
     def cone(self, node, stop=(), floats=False):
         """`(inside, ends)`: the nodes that make a value, back to the nearest affine op, stream value, placeholder or member of `stop`.
 
-        `ends` is ordered by distance; both hold nodes with content alone. The value itself may be an end. `floats` leaves out integer and boolean inputs (masks, indices).
+        Both are ordered by distance and hold nodes with content alone. The value itself may be an end. `floats` leaves out masks and indices.
         """
         inside, ends, queue, seen = [], [], [node], {node}
         for current in queue:
@@ -177,7 +194,7 @@ class Flow:
                 if worked:
                     return True, True
                 continue
-            worked = worked or node in self.affine or node.op == "call_module" or self.name[node] in _MIXING or self.name[node] in ATTENTIONS
+            worked = worked or node in self.affine or self.is_mixing(node)
             for parent in self.parents(node):
                 if self.place[parent] >= floor and (parent not in seen or parent is source):
                     seen.add(parent)
@@ -206,7 +223,7 @@ class Flow:
 
     def is_mixing(self, node):
         """Whether an op mixes positions: a product of two activations, a scan, an opaque module."""
-        return self.name[node] in _MIXING or self.name[node] in ATTENTIONS or node.op == "call_module"
+        return self.name[node] in _MIXING or node.op == "call_module"
 
     def is_elementwise(self, node):
         return self.name[node] in _ELEMENTWISE
@@ -242,8 +259,3 @@ class Flow:
             return None
         return node.target(*torch.fx.node.map_arg(node.args, known.get), **torch.fx.node.map_arg(node.kwargs, known.get))
 
-
-ATTENTIONS = frozenset({
-    "scaled_dot_product_attention", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math", "flex_attention",
-})  # fmt: skip

@@ -9,9 +9,9 @@ from .graph import attribute
 
 # op → (weight, bias) positions
 _NORMS = {
-    "layer_norm": (2, 3), "native_layer_norm": (2, 3), "group_norm": (2, 3), "native_group_norm": (1, 2), "batch_norm": (1, 2), "native_batch_norm": (1, 2),
-    "_native_batch_norm_legit": (1, 2), "_native_batch_norm_legit_no_training": (1, 2), "cudnn_batch_norm": (1, 2), "instance_norm": (1, 2), "rms_norm": (2, None),
-    "_fused_rms_norm": (2, None),
+    "layer_norm": (2, 3), "native_layer_norm": (2, 3), "group_norm": (2, 3), "native_group_norm": (1, 2), "instance_norm": (1, 2),
+    "batch_norm": (1, 2), "native_batch_norm": (1, 2), "_native_batch_norm_legit": (1, 2), "_native_batch_norm_legit_no_training": (1, 2),
+    "cudnn_batch_norm": (1, 2), "rms_norm": (2, None), "_fused_rms_norm": (2, None),
 }  # fmt: skip
 _SQUARES = frozenset({"pow", "square", "mul"})
 

@@ -125,8 +125,10 @@ class _Survey:
         if not self.residuals:
             return heads
         for op in reversed(list(flow.affine)):  # dense layers between the last stream value and the head
-            onward = set(flow.onward(op))
-            if op not in self.claims and flow.affine[op].kind == "linear" and onward and all(self.claims.get(o, {}).keys() & {"head", "head.hidden"} for o in onward):
+            if op in self.claims or flow.affine[op].kind != "linear":
+                continue
+            onward = flow.onward(op)
+            if onward and all(self.claims.get(o, {}).keys() & {"head", "head.hidden"} for o in onward):
                 self.claims[op] = {"head.hidden": None}
         return heads
 
@@ -158,7 +160,8 @@ class _Survey:
         sites += [self._embed_site(op, affine, lookups[op]) for op, affine in self.flow.embeddings.items()]
         sites += [self._norm_site(norm) for norm in self.norms.values()]
         sites += [self._attention_site(attention) for attention in self.attentions]
-        sites += [self._plain("residual", ("residual",), r.y, path_of(r.y), {"stream": r.stream, "branch": r.branch, "y": r.y}) for r in self.residuals]
+        for r in self.residuals:
+            sites.append(self._plain("residual", ("residual",), r.y, path_of(r.y), {"stream": r.stream, "branch": r.branch, "y": r.y}))
         for role, x, y, ops in self.regions:
             sites.append(self._plain(role, (role,), y, self._common(ops, y), {"x": x, "y": y}))
         for node in self.flow.nodes:
@@ -265,7 +268,8 @@ class _Survey:
         path, owner, label = self._place(op, affine.w)
         block, index = self._block_of(path, op)
         layout = Layout("embedding", arguments=affine.arguments)
-        return Site(op, role, (role,), path, owner, {"ids": affine.x, "w": affine.w, "y": op}, label, layout, op, index, block, op.meta.get("call", 0))
+        handles = {"ids": affine.x, "w": affine.w, "y": op}
+        return Site(op, role, (role,), path, owner, handles, label, layout, op, index, block, op.meta.get("call", 0))
 
     def _lookup(self, ids):
         """Ids of an input are tokens, ids that are counted are positions, constant ones belong to a table added to the tokens'."""
@@ -324,8 +328,9 @@ class _Survey:
                 inside[block].append(node)
         sites = []
         for block, nodes in inside.items():
-            for call in sorted({node.meta.get("block_call", 0) for node in nodes}):
-                sites += self._block_site(block, [node for node in nodes if node.meta.get("block_call", 0) == call])
+            calls = sorted({node.meta.get("call", 0) for node in nodes if path_of(node) == block})
+            for call in calls if len(calls) > 1 else (None,):  # a block that is used several times
+                sites += self._block_site(block, [node for node in nodes if call in (None, node.meta.get("call", 0))])
         return sites
 
     def _block_site(self, block, nodes):

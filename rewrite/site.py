@@ -85,8 +85,9 @@ class Layout:
 
     `kind`: "linear" (out × in), "conv" (out × in/groups × window), "experts" (expert × out × in), "embedding" (ids × features),
     "einsum" (any order of axes), or "" for sites without a weight. `transposed`: the stored weight has in before out (GPT-2's Conv1D,
-    a transposed convolution, experts as E × in × out). `axis`: the features' axis of x and y. `rows`: the OUT rows that the site covers, None for all.
-    `stored`: the rows of the stored weight that the operation reads, None for all. `arguments`: name of a handle → position in `operation.args`.
+    a transposed convolution, experts as E × in × out). `axis`: the features' axis of x and y. `rows`: the OUT rows that the site covers,
+    None for all. `stored`: the rows of the stored weight that the operation reads, None for all.
+    `arguments`: name of a handle → position in `operation.args`.
     """
 
     kind: str = ""

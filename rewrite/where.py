@@ -17,12 +17,13 @@ from functools import cache
 from .errors import Refused, SpecError
 from .site import Roles, Site
 
-WEIGHTS = (
-    "linear", "attention.q", "attention.k", "attention.v", "attention.o", "attention.gate", "attention.position", "attention.latent.q", "attention.latent.kv",
-    "mlp.gate", "mlp.up", "mlp.down", "expert.gate", "expert.up", "expert.down", "router", "mixer.in", "mixer.conv", "mixer.inner", "mixer.out", "head", "head.hidden",
-    "conv", "embed", "embed.position", "embed.patch", "embed.added", "norm",
-)  # fmt: skip
-FUSED = ("attention.qkv", "attention.kv", "attention.fused", "mlp.gate_up", "mlp.fused", "expert.gate_up", "expert.fused", "mixer.fused")  # several of the above in one weight, found by these names alone
+WEIGHTS = tuple("""
+    linear attention.q attention.k attention.v attention.o attention.gate attention.position attention.latent.q attention.latent.kv
+    mlp.gate mlp.up mlp.down expert.gate expert.up expert.down router mixer.in mixer.conv mixer.inner mixer.out head head.hidden
+    conv embed embed.position embed.patch embed.added norm
+""".split())  # fmt: skip
+# several of the above in one weight, found by these names alone: who asks for q, k and v does not want the whole once more
+FUSED = ("attention.qkv", "attention.kv", "attention.fused", "mlp.gate_up", "mlp.fused", "expert.gate_up", "expert.fused", "mixer.fused")
 REGIONS = ("attention", "attention.cross", "attention.block", "mlp", "mixer", "residual", "block", "opaque", "logits", "model")
 ROLES = WEIGHTS + FUSED + REGIONS
 _KEYS = ("role", "path", "not", "expect")
@@ -88,7 +89,7 @@ def parse(where, place="where") -> Where:
 def select(roles: Roles, where, default="linear", strict=True) -> list[Site]:
     """The sites that a where picks, in graph order, each once. Refused when there is none, or not as many as `expect` says.
 
-    A where of a path alone picks among the sites of the role `default`. Not `strict` (for a variant, which runs a part of the model): whatever is found.
+    A where of a path alone picks among the sites of the role `default`. Not `strict` (a variant runs a part of the model): whatever is found.
     """
     where, default = parse(where), parse(default)
     found = [site for site in roles if where.hits(site, default)]

@@ -242,6 +242,20 @@ def test_linear_is_all_linear_of_peft(family):
     assert ours == theirs | beside.get(family, set())
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_variants_agree(family):
+    """The graphs that generate call the same weights by the same roles as the main one."""
+    main = captured(family)
+    wanted = {}
+    for site in roles(main):
+        if site.operation is not None and site.role not in REGIONS | {"attention.cross"}:
+            wanted.setdefault((site.name, site.layout.rows), set()).add(site.roles)
+    for variant in main.variants.values():
+        for site in roles(variant):
+            if site.operation is not None and site.role not in REGIONS | {"attention.cross"}:
+                assert site.roles in wanted[site.name, site.layout.rows], (variant.name, site)
+
+
 class Mlp(nn.Module):
     def __init__(self):
         super().__init__()
