@@ -17,6 +17,7 @@ from torch import nn
 from rewrite.capture import capture
 from rewrite.emit.live import make_live, source
 from rewrite.errors import Refused
+from rewrite.graph import install
 
 SHAPES = [(2, 7), (1, 1), (3, 11), (1, 5)]
 
@@ -157,6 +158,24 @@ def test_is_still_its_own_class():
     assert live.get_encoder() is live.encoder
 
 
+def test_a_tensor_of_the_whole_is_reached_from_the_encoder():
+    graph = capture(build("t5"))
+    install(graph.root, "shared_by_all.gain", nn.Parameter(torch.full((1,), 2.0)))
+    encoder = graph.variants["encoder"]
+    out = encoder.fx.output_node()
+    hidden = out.args[0][0]
+    with encoder.fx.inserting_before(out):
+        gain = encoder.fx.create_node("get_attr", "shared_by_all.gain")
+        scaled = encoder.fx.call_function(torch.ops.aten.mul.Tensor, (hidden, gain))
+    gain.meta, scaled.meta = {"path": "", "val": hidden.meta["val"]}, dict(hidden.meta)
+    out.args = ((scaled, *out.args[0][1:]),)
+    model, live = build("t5"), make_live(graph)
+    inputs = {k: v for k, v in example("t5").items() if k in ("input_ids", "attention_mask")}
+    for twin in (live, copy.deepcopy(live), pickle.loads(pickle.dumps(live))):
+        assert torch.equal(twin.encoder(**inputs)[0], model.encoder(**inputs)[0] * 2)
+    assert "encoder._whole.0.shared_by_all.gain" not in live.state_dict() and "shared_by_all.gain" in live.state_dict()
+
+
 def test_submodules_keep_their_own_training_flags():
     model, live = fresh("bert")
     for m in (model, live):
@@ -198,6 +217,13 @@ def test_what_runs_no_printed_source_says_so():
         source(live, "model.layers.0.mlp")
     with pytest.raises(Refused, match="model was not captured as a call of its own"):
         live.model(input_ids=torch.ones(1, 3, dtype=torch.long))
+
+
+def test_a_live_model_is_made_anew_from_another_one():
+    _, live = pair("llama")
+    again = make_live(live.graph.copy())
+    assert type(again) is type(live) and again is not live
+    assert pickle.loads(pickle.dumps(again)).lm_head.weight.equal(live.lm_head.weight)
 
 
 # ---- what people do with modules

@@ -13,13 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from ..errors import Broken, Refused
 from ..graph import clone_tree, expression
 from .live import compiled
 from .outline import outline
 from .source import top_source
+from .unlabelled import unlabelled
 
 
 def export_program(live, path, variant="forward"):
@@ -40,7 +41,7 @@ def export_program(live, path, variant="forward"):
     path = Path(path)
     if not path.parent.is_dir():
         raise Refused(f"{path.parent} is not a folder.  Make it first.")
-    graph = inference(replace(graph, blocks=(), root=clone_tree(live)))
+    graph = replace(unlabelled(graph) or graph, blocks=(), root=clone_tree(live))
     module = _module(graph)
     inputs = example(graph)
     free = torch.export.Dim.DYNAMIC
@@ -51,23 +52,6 @@ def export_program(live, path, variant="forward"):
     return path
 
 
-def inference(graph):
-    """A graph without the outputs that need labels, and without the inputs that only those need."""
-    needs = set()
-    for node in graph.nodes:
-        if (node.op == "placeholder" and node.name == "labels") or any(a in needs for a in node.all_input_nodes):
-            needs.add(node)
-    kept = [(name, node) for name, node in zip(graph.outputs, graph.fx.output_node().args[0]) if node not in needs]
-    copy, env = fx.Graph(), {}
-    wanted = _ancestors(node for _, node in kept)
-    for node in graph.nodes:
-        if node in wanted:
-            env[node] = copy.node_copy(node, env.get)
-    copy.output(tuple(env[node] for _, node in kept))
-    inputs = tuple(name for name, node in zip(graph.inputs, graph.placeholders) if node in wanted)
-    return replace(graph, fx=copy, inputs=inputs, outputs=tuple(name for name, _ in kept), variants={})
-
-
 def example(graph):
     """One small tensor for each input, of a graph's dtypes and of sizes that the capture met: node name → tensor."""
 
@@ -76,16 +60,6 @@ def example(graph):
         return (torch.zeros if value.is_floating_point() else torch.ones)(sizes, dtype=value.dtype, device=value.device)
 
     return {node.name: made(node.meta["val"]) for node in graph.placeholders}
-
-
-def _ancestors(nodes):
-    found, todo = set(), list(nodes)
-    while todo:
-        node = todo.pop()
-        if node not in found:
-            found.add(node)
-            todo.extend(node.all_input_nodes)
-    return found
 
 
 def _module(graph):
@@ -105,7 +79,10 @@ def _module(graph):
 
 
 def _write(program, path, inputs, wanted):
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".pt2", dir=path.parent)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".pt2", dir=path.parent)
+    except OSError as reason:
+        raise Refused(f"{path.parent} cannot be written ({reason.strerror}).  Choose another folder.") from None
     os.close(handle)
     try:
         torch.export.save(program, name)

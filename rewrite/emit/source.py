@@ -188,14 +188,15 @@ class _Writer:
             text = self.step_into(module, text, part)
             module = getattr(module, "_modules", {}).get(part)
             key = parts[: i + 1]
-            if module is None:
-                continue
             if key == ("_whole", "0"):
                 module, text = self.whole, "self._whole[0]"
+            if module is None:
+                continue
             if key in self.modules:
                 text = self.modules[key]
             elif len(set(self.visits.get(key, ()))) > 1 or (len(self.visits.get(key, ())) > 1 and i == len(parts) - 2):
-                self.modules[key] = self.fresh(part if part.isidentifier() else f"{parts[i - 1] if i else 'module'}_{part}")
+                is_added = type(module) is nn.Module and i > 0  # a container made by a pass: `lora_default`
+                self.modules[key] = self.fresh(f"{parts[i - 1] if i else 'module'}_{part}" if is_added or not part.isidentifier() else part)
                 self.lines.append(f"{self.modules[key]} = {text}")
                 text = self.modules[key]
         return text
@@ -285,8 +286,10 @@ class _Writer:
             self.lines[-1] += f"; del {', '.join(self.names[a] for a in dead)}"
 
     def place(self, step):
-        path = step.path if isinstance(step, Piece) else step.meta.get("path", "")
-        return path[len(self.prefix) :] if path.startswith(self.prefix) else ""
+        """Where a step comes from, for the comment above it: a module's path, and the pass that made it."""
+        path, made = (step.path, None) if isinstance(step, Piece) else (step.meta.get("path", ""), step.meta.get("made"))
+        path = path[len(self.prefix) :] if path.startswith(self.prefix) else ""
+        return f"{path} + {made}".strip() if made else path
 
     # ---- statements
 
