@@ -32,6 +32,13 @@ def sizes(config):
     return Sizes(batch, length, past, target)
 
 
+def sizes_like(sizes, ids):
+    """The Sizes of an example handed over: its batch, and lengths that are neither that nor its own."""
+    batch, length = ids.shape[0], ids.shape[1] if ids.dim() > 1 else sizes.length
+    past, target = [n for n in (sizes.past, sizes.target, sizes.length, *PRIMES) if n not in (batch, length)][:2]
+    return Sizes(batch, length, past, target)
+
+
 def _integers(value):
     if isinstance(value, dict):
         value = value.values()

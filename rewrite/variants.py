@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.utils.generic import find_labels
 
 from .errors import Refused
-from .inputs import Examples
+from .inputs import Examples, sizes_like
 from .leaves import FullLayer, leaves, rebuild
 from .learn import FAILURES, Loss, call, hidden_of, is_default, loss_of
 
@@ -79,6 +79,8 @@ class _Calls:
     def __init__(self, model, example):
         self.model, self.examples = model, Examples(model)
         self.inputs = dict(example) if example is not None else self.examples.inputs()
+        if example is not None and isinstance(self.inputs.get(model.main_input_name), torch.Tensor):
+            self.examples.sizes = sizes_like(self.examples.sizes, self.inputs[model.main_input_name])
         names = find_labels(type(model))
         self.labels = {name: self.inputs.pop(name) for name in names if name in self.inputs}
         unmasked = {name: value for name, value in self.inputs.items() if not name.endswith("attention_mask")}

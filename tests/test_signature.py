@@ -160,6 +160,18 @@ def test_other_heads(head):
         refused(live, "end_positions is missing", **inputs, start_positions=labels["start_positions"])
 
 
+@pytest.mark.parametrize("family", ["llama", "bert", "t5", "vit"])
+def test_an_example_handed_over_is_taken_as_it_is(family):
+    model, inputs = models.build(family), models.example(family, batch=4, length=6)
+    found = variants(model, inputs)
+    assert all(torch.equal(found[0].kwargs[name], value) for name, value in inputs.items()) and not found[0].notes
+    live = signed(model, inputs)
+    other = models.example(family, batch=2, length=9)
+    assert equal(dict(model(**other)).get("logits"), dict(live(**other)).get("logits"))
+    if family != "vit" and model.can_generate():
+        assert torch.equal(tokens(model, family), tokens(live, family))
+
+
 # ---- the same as the original
 
 
