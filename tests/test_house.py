@@ -12,7 +12,7 @@ from rewrite import Spec
 from rewrite.spec import builtin_names, pass_of
 
 TOP = Path(__file__).resolve().parent.parent
-LONGEST, WIDEST = 540, 300
+LONGEST, WIDEST = 600, 300
 
 
 def python_files(*folders):
@@ -159,3 +159,28 @@ def test_readme_python_runs(tmp_path, monkeypatch):
     for block in blocks:
         exec(compile(block, "README.md", "exec"), space)
     assert (tmp_path / "tuned.onnx").is_file()
+
+
+def test_the_guide_s_pass_works():
+    import torch
+
+    from rewrite import rewrite
+    from tests.models import build, example
+
+    (block,) = code_blocks(TOP / "docs" / "guide.md", "python")
+    space = {"__name__": "mylab"}
+    exec(compile(block, "guide.md", "exec"), space)
+    model = build("llama")
+    spec = Spec.parse({"passes": [{"pass": "gain", "where": "mlp.up"}]}, passes=[space["Gain"]])
+    live, inputs = rewrite(model, spec), example("llama")
+    assert torch.equal(live(**inputs).logits, model(**inputs).logits)
+    with torch.no_grad():
+        for name, parameter in live.named_parameters():
+            if name.endswith("gain"):
+                parameter.mul_(2)
+    assert not torch.equal(live(**inputs).logits, model(**inputs).logits)
+
+
+def test_readme_lists_every_pass():
+    named = set(re.findall(r"^\|(.*?)\|", (TOP / "README.md").read_text(), flags=re.MULTILINE))
+    assert set(builtin_names()) <= set(re.findall(r"`(\w+)`", " ".join(named)))

@@ -11,6 +11,7 @@ from pathlib import Path
 import onnxruntime
 import torch
 import transformers
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -71,6 +72,7 @@ def demo(model=None, everything=False, out="demo-out", specs=None, schedule=None
     folder = Path(out)
     _make(folder)
 
+    console.print(f"Reading the docstrings of Python {platform.python_version()}'s standard library, and the model.", highlight=False)
     texts = corpus.read()
     labels = texts.labels
     base, tokenizer, new = encoder.load(model or encoder.place(), labels)
@@ -122,7 +124,7 @@ def _with_new_modules(console, base, new, parsed):
 def _one(console, base, name, spec, splits, schedule, folder):
     train, validation, test = splits
     console.rule(f"[bold]{_title(name)}[/]", align="left")
-    console.print(spec.to_json().rstrip(), highlight=False, markup=False)
+    console.print((Path(spec.source).read_text(encoding="utf-8") if spec.source else spec.to_json()).rstrip(), highlight=False, markup=False)
     live = rewrite(base, spec)
     console.print(live.report.table())
     before = training.accuracy(training.predict(live, test), test)
@@ -186,23 +188,28 @@ def _progress(console):
 
 
 def _trained_table(results, texts):
-    table = Table(title=f"trained from the same weights, tested on {texts} texts", title_justify="left")
-    for head in ("", "sites", "trainable", "share", "before", "after", "rate", "seconds", "with search", "peak memory"):
-        table.add_column(head, justify="left" if head in ("", "sites") else "right")
+    title = f"trained from the same weights, tested on {texts} texts"
+    table = _table(title, "", "sites", "trainable", "accuracy before and after", "seconds (with search)", "peak memory")
     for r in results:
         peak = f"{r.peak / 2**20:,.0f} MiB" if r.peak else "–"
-        row = (f"{r.trainable:,}", f"{r.share:.2%}", f"{r.before:.1%}", f"[bold]{r.after:.1%}[/]", f"{r.rate:g}", f"{r.seconds:.0f}", f"{r.seconds_in_all:.0f}", peak)
-        table.add_row(_title(r.name), str(sum(r.sites.values())), *row)
+        trainable, accuracy = f"{r.trainable:,} ({r.share:.2%})", f"{r.before:.1%} → [bold]{r.after:.1%}[/]"
+        table.add_row(_title(r.name), str(sum(r.sites.values())), trainable, accuracy, f"{r.seconds:.0f} ({r.seconds_in_all:.0f})", peak)
     return table
 
 
 def _exported_table(results):
-    table = Table(title="merged, exported, and run in ONNX Runtime on the same texts", title_justify="left")
-    for head in ("", "merged", "file", "accuracy", "largest difference", "equal predictions"):
-        table.add_column(head, justify="left" if head == "" else "right")
+    table = _table("exported, and run in ONNX Runtime on the same texts", "", "merged", "file", "accuracy", "largest difference of logits", "equal predictions")
     for r in results:
         merged = r.merged if r.merged in ("yes", "nothing to merge") else "no, it stays"
         table.add_row(_title(r.name), merged, f"{r.onnx_bytes / 1e6:.1f} MB", f"{r.onnx_accuracy:.1%}", f"{r.difference:.1e}", f"{r.equal:.1%}")
+    return table
+
+
+def _table(title, first, *heads):
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column(first)
+    for head in heads:
+        table.add_column(head, justify="right")
     return table
 
 
