@@ -14,15 +14,16 @@ import torch
 from torch import fx, nn
 
 
-from .align import Alignment, Merge, Misaligned, has_effect, is_size, read_devices, tidy
+from .align import Alignment, Misaligned
 from .errors import Refused
-from .graph import Check, Graph, attribute, clone_tree, install
-from .trace import CannotTrace, trace
+from .graph import Check, Graph, attribute, clone_tree, has_attribute, install, select
+from .reads import Merge, read_devices
 from .signature import sign
+from .tidy import named_arguments, set_argument, tidy
+from .trace import CannotTrace, trace
 from .variants import variants
 
 _ATTEMPTS = 24
-
 
 
 def capture(model, example=None):
@@ -32,24 +33,28 @@ def capture(model, example=None):
     not its mode, its config, its tensors, nor the random state of the process.
     Raises Refused where the outermost module cannot be captured, with the line that stood in the way.
     """
-    if model.__dict__.get("forward") is not None and hasattr(model, "_hf_hook"):
-        raise Refused(f"{type(model).__name__} runs through accelerate's hooks. Capture the model before they are attached, or remove them (remove_hook_from_module).")
+    hooked = next((name for name, module in model.named_modules() if hasattr(module, "_hf_hook")), None)
+    if hooked is not None:
+        raise Refused(
+            f"{type(model).__name__}: {hooked or 'the model'} runs through accelerate's hooks, which move tensors between devices. "
+            "Load the model without a device map, or take them off first: accelerate.hooks.remove_hook_from_module(model, recurse=True)."
+        )
     root = clone_tree(model)
-    graphs, opaque, trees = [], {}, {}
-    found = variants(model, example)
-    for variant in found:
+    graphs, opaque, trees, captured = [], {}, {}, []
+    for variant in variants(model, example):
         main = graphs[0] if graphs else None
         try:
             work = _Capture(model, root, variant, opaque, main)
             graphs.append(work.graph())
             trees[variant.name] = work.tree
+            captured.append(work.variant)
         except Refused as reason:
             if main is None:
                 raise
             main.notes.append(f"no variant {variant.name!r}: {reason}")
     main = graphs[0]
     main.variants = {graph.name: graph for graph in graphs[1:]}
-    return sign(model, main, found, trees)
+    return sign(model, main, captured, trees)
 
 
 class _Capture:
@@ -57,7 +62,7 @@ class _Capture:
 
     def __init__(self, model, root, variant, opaque, main):
         self.model, self.root, self.variant, self.opaque, self.main = model, root, variant, opaque, main
-        self.notes = list(getattr(variant, "notes", ()))
+        self.notes = list(variant.notes)
         self.modules = dict(model.named_modules())
         self.dtype = _main_dtype(model)
 
@@ -66,17 +71,24 @@ class _Capture:
         self.tree = ours.tree
         Merge(alignment, self.variant.mode == "both", self.other_dtype, self.notes).apply()
         if self.variant.mode == "eval" and self.main is not None:
-            _flags_by_analogy(ours.graph, self.main, self.notes)
+            _flags_by_analogy(ours.graph, self.main)
+        self._constants(ours, theirs)
         read_devices(ours.graph)
         _require_filled(ours)
-        self._constants(ours, theirs)
-        checks = self._checks(ours, theirs)
-        graph = fx_in_order(ours.graph)
-        made = Graph(
-            graph, self.root, self.variant.name, self.variant.owner, ours.inputs, ours.outputs, _blocks(self.model, ours.called), checks,
-            {path: reason for path, reason in self.opaque.items() if any(n.op == "call_module" and n.target == path for n in graph.nodes)}, self.notes,
-        )  # fmt: skip
-        return made
+        graph = in_order(ours.graph)
+        called = {node.target for node in graph.nodes if node.op == "call_module"}
+        return Graph(
+            fx=graph,
+            root=self.root,
+            name=self.variant.name,
+            owner=self.variant.owner,
+            inputs=ours.inputs,
+            outputs=ours.outputs,
+            blocks=_blocks(self.model, ours.called),
+            checks=self._checks(ours, theirs),
+            opaque={path: reason for path, reason in self.opaque.items() if path in called},
+            notes=self.notes,
+        )
 
     # -- the two runs, and what is done about a module that does not go along
 
@@ -93,7 +105,7 @@ class _Capture:
             except Misaligned as error:
                 failed = (error.path,), error.words
             self._give_up(*failed)
-        raise Refused(f"{type(self.model).__name__}: after {_ATTEMPTS} attempts there was still a module that could not be captured: {', '.join(self.opaque)}")
+        raise Refused(f"{type(self.model).__name__}: after {_ATTEMPTS} attempts there was still something that could not be captured: {failed[1]}")
 
     def _twins(self):
         """(dtype, least sizes) in which the second run may differ, boldest first; other floats go other ways where code asks for a dtype."""
@@ -125,13 +137,14 @@ class _Capture:
         return result
 
     def _specialised(self, ours):
-        """A symbol that became a number: (modules at work, words); None if all of them stayed symbols."""
+        """A symbol that became a number: (modules at work, words, its name, whether torch itself asked); None if all stayed symbols."""
         for name, symbol in ours.symbols.items():
             value = ours.replacements.get(symbol)
             if isinstance(value, sympy.Integer):
                 asked = [guard for guard in ours.guards if symbol in guard.condition.free_symbols]
                 guard = next((guard for guard in asked if _is_equality(guard.condition)), asked[-1])
-                return guard.stack, f"{guard.place}: {name} would be fixed at {value} {'as it must fit' if guard.torch_asked else 'by the code here'}", name, guard.torch_asked
+                why = "as it must fit" if guard.torch_asked else "by the code here"
+                return guard.stack, f"{guard.place}: {name} would be fixed at {value} {why}", name, guard.torch_asked
         return None
 
     def _give_up(self, stack, reason, symbol=None, must_fit=False):
@@ -162,16 +175,30 @@ class _Capture:
             if node.op != "get_attr" or node.target not in ours.constants:
                 continue
             value, other = ours.constants[node.target], theirs.constants.get(node.target)
-            if other is None or value.shape != other.shape or not torch.equal(value.to(torch.float64), other.to(torch.float64).to(torch.float64)) and not _rounded(value, other):
-                raise Refused(f"{node.meta.get('source') or node.target}: a tensor is made from random numbers outside of torch while the model runs; it would be the same for every call.")
+            if other is None or not _same(value, other):
+                place = node.meta.get("source") or node.target
+                raise Refused(f"{place}: a tensor is made from random numbers outside of torch while the model runs; each call would get the same.")
             if value.dim() == 0 and value.device.type == "cpu" and value.dtype == other.dtype:
                 with ours.graph.inserting_before(node):
-                    number = ours.graph.call_function(torch.ops.aten.scalar_tensor.default, (value.item(),), {"dtype": value.dtype, "device": torch.device("cpu")})
+                    written = {"dtype": value.dtype, "device": value.device}
+                    number = ours.graph.call_function(torch.ops.aten.scalar_tensor.default, (value.item(),), written)
                 number.meta = dict(node.meta)
                 node.replace_all_uses_with(number)
                 ours.graph.erase_node(node)
                 continue
+            node.target = self._free(node.target, value)
             install(self.root, node.target, value.detach().clone(), persistent=False)
+
+    def _free(self, path, value):
+        """`path`, or the next one like it that holds nothing or this very value (another variant's constant may stand there)."""
+        stem, _, number = path.rpartition("_")
+        while has_attribute(self.root, path):
+            held = attribute(self.root, path)
+            if isinstance(held, torch.Tensor) and held.dtype == value.dtype and held.shape == value.shape and torch.equal(held, value):
+                return path
+            number = int(number) + 1
+            path = f"{stem}_{number}"
+        return path
 
     def _checks(self, ours, theirs):
         """Conditions that the calls must meet: those of the model's code that no second run showed to be indifferent."""
@@ -193,8 +220,9 @@ def _main_dtype(model):
     return counts.most_common(1)[0][0] if counts else torch.get_default_dtype()
 
 
-def _rounded(value, other):
-    return value.dtype != other.dtype and value.dtype.is_floating_point and torch.equal(value.to(other.dtype), other)
+def _same(value, other):
+    """Whether two runs made the same tensor; in another dtype it may be rounded."""
+    return value.shape == other.shape and torch.equal(value.to(other.dtype), other)
 
 
 def _is_equality(condition):
@@ -224,17 +252,15 @@ def _require_filled(ours):
         with ours.graph.inserting_after(node):
             filled = ours.graph.call_function(operator.gt, (node, 0))
         with ours.graph.inserting_after(filled):
-            asked = ours.graph.call_function(torch.ops.aten._assert_scalar.default, (filled, f"{place}: nothing is left of this input; it was captured with something left"))
+            words = f"{place}: nothing is left of this input; it was captured with something left"
+            asked = ours.graph.call_function(torch.ops.aten._assert_scalar.default, (filled, words))
         filled.meta, asked.meta = (_meta(node) | {"val": value > 0}, _meta(node) | {"val": None})
     if waiting:
         raise Refused(f"{', '.join(waiting.values())}: what the code does here depends on the values of the inputs.")
 
 
-def _flags_by_analogy(graph, main, notes):
+def _flags_by_analogy(graph, main):
     """Training flags of a call that was run in eval mode alone, from the main graph's nodes of the same module, op and place."""
-    from .align import named_arguments, set_argument
-    from .graph import select
-
     def keyed(nodes):
         counter = Counter()
         for node in nodes:
@@ -277,7 +303,7 @@ def _blocks(model, called):
     return tuple(blocks)
 
 
-def fx_in_order(graph):
+def in_order(graph):
     """A plain fx.Graph with readable names: one get_attr per path (right before its first use), placeholders named after their leaves."""
     made, env, read = fx.Graph(), {}, {}
     uses = {}

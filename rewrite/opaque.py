@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, track_tensor_tree
 from torch.utils import _pytree as pytree
 
-from .graph import attribute
+from .fakes import fake_tree
+from .graph import attribute, clone_tree
 
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -34,10 +35,14 @@ def stand_in(tracer, module, path, args, kwargs):
     proxy = tracer.create_proxy("call_module", path, *proxies)
     proxy.node.meta["path"] = path
     with disable_proxy_modes_tracing(), tracer.fake_mode:
-        values = [torch.empty([_symint(tracer, size) for size in entry[0]], dtype=entry[1], device=entry[2]) if isinstance(entry, tuple) else entry for entry in outputs]
+        values = [_fake(tracer, *entry) if isinstance(entry, tuple) else entry for entry in outputs]
     result = pytree.tree_unflatten(values, made)
     track_tensor_tree(result, proxy, constant=None, tracer=tracer)
     return result
+
+
+def _fake(tracer, shape, dtype, device):
+    return torch.empty([_symint(tracer, size) for size in shape], dtype=dtype, device=device)
 
 
 def _symint(tracer, size):
@@ -79,7 +84,9 @@ def _outputs(tracer, path, given, spec):
     for value, sums in zip(first, grown):
         if sums is None and not isinstance(value, CONSTANTS):
             raise TypeError(f"{path} returns a {type(value).__name__}, which a single call cannot hand back")
-        described.append(value if sums is None else ([int(size) if size.is_Integer else sympy.expand(size) for size in sums], value.dtype, value.device))
+        if sums is not None:
+            value = tuple(int(size) if size.is_Integer else sympy.expand(size) for size in sums), value.dtype, value.device
+        described.append(value)
     return described, tree
 
 
@@ -136,8 +143,6 @@ def _alone(function):
 
 
 def _fakes(tracer, path, spec, inputs):
-    from .trace import fake_tree
-
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         module, _ = fake_tree(attribute(tracer.model, path), mode, tracer.cast)
         values = [torch.empty(value[0], dtype=value[1], device=value[2]) if isinstance(value, tuple) else value for value in inputs]
@@ -145,8 +150,6 @@ def _fakes(tracer, path, spec, inputs):
 
 
 def _numbers(tracer, path, spec, inputs):
-    from .graph import clone_tree
-
     generator = torch.Generator().manual_seed(0)
 
     def made(shape, dtype, device):

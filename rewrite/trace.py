@@ -8,18 +8,14 @@ condition on a size that was asked is kept with the place that asked.
 """
 
 import contextlib
-import operator
-import random
 import sys
 from collections import Counter
 from dataclasses import dataclass
 
-import numpy
 import sympy
 import torch
-from torch import fx, nn
+from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo.source import ConstantSource
 from torch._export.non_strict_utils import _NonStrictTorchFunctionHandler, _override_builtin_ops
 from torch._export.utils import _compiling_state_context
 from torch._guards import TracingContext, tracing
@@ -40,12 +36,10 @@ from torch.fx.experimental.proxy_tensor import (
     snapshot_fake,
     wrap_key,
 )
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.overrides import TorchFunctionMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, GuardOnDataDependentSymNode, ShapeEnv
-from torch.utils import _pytree as pytree
-from torch.utils._sympy.numbers import int_oo
-from torch.utils._sympy.value_ranges import ValueRanges
 
+from .fakes import export_patches, fake_inputs, fake_tree, own_randomness
 from .graph import attribute
 from .leaves import leaves, rebuild
 from .opaque import stand_in
@@ -70,9 +64,12 @@ class Guard:
 
 @dataclass
 class Trace:
-    """What one run gave. `constants`: path → tensor made while tracing; `tree`: how the outputs are put together; `symbols`: name →
-    sympy symbol; `hints`: symbol → its size in the example; `replacements`: what tracing put in a symbol's place; `called`: the paths of the modules that ran;
-    `filled`: sizes that depend on values and were taken not to be zero, with the line that asked."""
+    """What one run gave.
+
+    `constants`: path → tensor made while tracing. `tree`: how the outputs are put together. `symbols`: name → sympy symbol. `hints`:
+    symbol → its size in the example. `replacements`: what tracing put in a symbol's place. `called`: paths of the modules that ran.
+    `filled`: sizes that depend on values and were taken not to be zero → the line that asked.
+    """
 
     graph: fx.Graph
     inputs: tuple[str, ...]
@@ -107,61 +104,18 @@ def source_line():
     return ""
 
 
-_ASKING = ("symbolic_shapes.py", "sym_node.py", "recording.py", "proxy_tensor.py", "torch/__init__.py", "rewrite/trace.py", "functools.py", "contextlib.py", "_traceback.py")
+_ASKING = (
+    "symbolic_shapes.py", "sym_node.py", "recording.py", "proxy_tensor.py", "torch/__init__.py", "rewrite/trace.py", "functools.py", "contextlib.py",
+)  # fmt: skip
+# where torch computes the shapes of fakes; the rest of torch (functional, nn) decides which ops run, as a model's code does
+_FAKING = tuple(f"{_LIBRARY}/{name}" for name in ("_subclasses/", "_meta_registrations.py", "_refs/", "_decomp/", "_prims/", "_prims_common/"))
 
 
 def _asked_by_torch():
     frame = sys._getframe(2)
     while frame.f_back is not None and frame.f_code.co_filename.endswith(_ASKING):
         frame = frame.f_back
-    return frame.f_code.co_filename.startswith(_LIBRARY)
-
-
-class Symbols:
-    """The sizes of the example, made symbols: "batch" and "length" are at least 1, everything else at least 0."""
-
-    def __init__(self, fake_mode, least):
-        self.env, self.known, self.least = fake_mode.shape_env, {}, least
-
-    def size(self, name, hint):
-        """The SymInt of a name or of a sum of names ("past+length"); a new name takes the hint as its example."""
-        if "+" in name:
-            parts = [part.strip() for part in name.split("+")]
-            return sum((self.size(part, None) for part in parts[1:]), self.size(parts[0], None))
-        if name in self.known:
-            return self.known[name]
-        if hint is None:
-            raise KeyError(f"{name}: no dimension of its own gives this symbol a value")
-        least = 0 if name.startswith("past") else 1
-        hint = least if self.least else hint
-        symbol = self.env.create_symbol(
-            hint, ConstantSource(name), dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None, positive=True if least else None, do_not_specialize_zero_one=True
-        )
-        self.env.var_to_range[symbol] = ValueRanges(least, int_oo)
-        if not self.least:
-            self.env.size_like.add(symbol)
-        self.known[name] = self.env.create_symintnode(symbol, hint=hint, source=ConstantSource(name))
-        return self.known[name]
-
-
-def fake_inputs(fake_mode, names, tensors, dims, cast, least):
-    """Fake tensors of the shapes of `tensors`, their dims (leaf name → {dim: symbol}) made symbols → (fakes, {name: SymInt})."""
-    symbols = Symbols(fake_mode, least)
-    for name, tensor in zip(names, tensors):
-        for dim, symbol in dims.get(name, {}).items():
-            if "+" not in symbol:
-                symbols.size(symbol, tensor.shape[dim])
-    fakes = []
-    for name, tensor in zip(names, tensors):
-        named = dims.get(name, {})
-        shape = [symbols.size(named[dim], size) if dim in named else size for dim, size in enumerate(tensor.shape)]
-        with fake_mode:
-            fakes.append(torch.empty(shape, dtype=cast(tensor.dtype), device=_device(tensor)))
-    return fakes, symbols.known
-
-
-def _device(tensor):
-    return torch.device("cpu") if tensor.device.type == "meta" else tensor.device
+    return frame.f_code.co_filename.startswith(_FAKING)
 
 
 class Shapes(ShapeEnv):
@@ -324,79 +278,12 @@ class Tracer(PythonKeyTracer):
             self.stack.pop()
 
 
-@contextlib.contextmanager
-def own_randomness(seed):
-    """Seeds of its own for torch, numpy and random inside; the caller's state comes back untouched."""
-    states = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        numpy.random.seed(seed)
-        random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            numpy.random.set_state(states[1])
-
-
-@contextlib.contextmanager
-def export_patches(model):
-    """What transformers itself replaces while it exports one of its models, for files that are imported already."""
-    if not hasattr(model, "config"):
-        yield
-        return
-    from transformers.exporters import exporter_dynamo  # noqa: F401  (registers the patches)
-    from transformers.exporters.utils import _PATCHES, patch_attributes
-
-    found = []
-    for path, name, factory in _PATCHES.get("dynamo", ()):
-        parts = path.split(".")
-        depth = next((k for k in range(len(parts), 0, -1) if ".".join(parts[:k]) in sys.modules), 0)
-        owner = sys.modules.get(".".join(parts[:depth]))
-        for part in parts[depth:]:
-            owner = vars(owner).get(part) if owner is not None else None
-        if owner is not None and name in vars(owner):
-            found.append((owner, name, factory))
-    with patch_attributes(found):
-        yield
-
-
-def fake_tree(model, fake_mode, cast):
-    """Shallow clones of a model's modules that hold fake tensors (`cast`: dtype → dtype) → (tree, {id(fake): path})."""
-    from .graph import _shallow, own_configs
-
-    fakes, paths, modules = {}, {}, {}
-
-    def tensor(value, path):
-        if value is None:
-            return None
-        if id(value) not in fakes:
-            with fake_mode:
-                fake = torch.empty_strided(value.shape, value.stride(), dtype=cast(value.dtype), device=_device(value))
-                fakes[id(value)] = nn.Parameter(fake, False) if isinstance(value, nn.Parameter) else fake
-            paths[id(fakes[id(value)])] = path
-        return fakes[id(value)]
-
-    def visit(module, path):
-        if id(module) in modules:
-            return modules[id(module)]
-        twin = modules[id(module)] = _shallow(module)
-        at = path + "." if path else ""
-        for held in ("_parameters", "_buffers"):
-            for name, value in getattr(module, held).items():
-                getattr(twin, held)[name] = tensor(value, at + name)
-        for name, child in module._modules.items():
-            twin._modules[name] = None if child is None else visit(child, at + name)
-        return twin
-
-    return own_configs(visit(model, "")), paths
-
-
 def trace(model, variant, *, training=False, cast=lambda dtype: dtype, seed=0, least=False, opaque=()):
-    """Run `variant`'s call on fake tensors and write it down.
+    """Run the call of `variant` on fake tensors and write it down.
 
-    training: the mode of every module. cast: dtype → dtype of all tensors of the model and of the inputs (twin captures).
-    least: every symbol takes its least size as its example. seed: of torch, numpy and random while tracing. opaque: paths of modules that stay one call. Raises CannotTrace with the modules at work. The model is not touched.
+    training: the mode of every module. cast: dtype → dtype of all tensors of the model and of the inputs. least: every symbol takes its
+    least size as its example. seed: of torch, numpy and random while tracing. opaque: paths of modules that stay one call.
+    Raises CannotTrace with the modules at work. The model is not touched.
     """
     with torch._functorch.config.patch(fake_tensor_allow_unsafe_data_ptr_access=False):
         env = Shapes(tracked_fakes=[], trace_asserts=True)
@@ -424,13 +311,15 @@ def trace(model, variant, *, training=False, cast=lambda dtype: dtype, seed=0, l
                 found["names"], flat, found["tree"] = leaves(result, {id(value): name for value, name in zip(values, names)})
             return tuple(flat)
 
-        mode = Casts(tracer, "real", decomposition_table={aten.sym_numel.default: torch._decomp.decompositions.sym_numel}, pre_dispatch=True, _allow_fake_constant=False, _error_on_data_dependent_ops=True)
+        decompositions = {aten.sym_numel.default: torch._decomp.decompositions.sym_numel}
+        mode = Casts(tracer, "real", pre_dispatch=True, decomposition_table=decompositions)
         holes = tuple(fx._symbolic_trace.PH for _ in fakes)
         with contextlib.ExitStack() as stack:
             for context in (
-                own_randomness(seed), torch.enable_grad(), export_patches(model), fake_mode, _NonStrictTorchFunctionHandler(), tracing(TracingContext(fake_mode)),
-                _override_builtin_ops(), _compiling_state_context(), enable_python_dispatcher(), PreDispatchTorchFunctionMode(tracer),
-                TorchFunctionMetadataMode(tracer), Reads(tracer), mode, disable_autocast_cache(),
+                own_randomness(seed), torch.enable_grad(), export_patches(model), fake_mode,
+                _NonStrictTorchFunctionHandler(), tracing(TracingContext(fake_mode)), _override_builtin_ops(), _compiling_state_context(),
+                enable_python_dispatcher(), PreDispatchTorchFunctionMode(tracer), TorchFunctionMetadataMode(tracer), Reads(tracer),
+                mode, disable_autocast_cache(),
             ):  # fmt: skip
                 stack.enter_context(context)
             try:
@@ -440,4 +329,16 @@ def trace(model, variant, *, training=False, cast=lambda dtype: dtype, seed=0, l
     for node, name in zip([n for n in graph.nodes if n.op == "placeholder"], names):
         node.meta["leaf"] = name
     symbols = {name: size.node._expr for name, size in sizes.items()}
-    return Trace(graph, names, found["names"], found["tree"], tracer.constants, env.asked, symbols, tracer.hints, dict(env.replacements), tracer.called, env.filled)
+    return Trace(
+        graph=graph,
+        inputs=names,
+        outputs=found["names"],
+        tree=found["tree"],
+        constants=tracer.constants,
+        guards=env.asked,
+        symbols=symbols,
+        hints=tracer.hints,
+        replacements=dict(env.replacements),
+        called=tracer.called,
+        filled=env.filled,
+    )
