@@ -96,7 +96,10 @@ def accept(cache, both, what):
 
 def _accept(cache, what):
     if type(cache) is not DynamicCache:
-        raise Refused(f"{what}: past_key_values is a {type(cache).__name__}, the graph keeps a DynamicCache. Leave cache_implementation at its default.")
+        raise Refused(
+            f"{what}: past_key_values is a {type(cache).__name__}, the graph keeps a DynamicCache.\n"
+            "Leave cache_implementation at its default."
+        )
     if cache.offloading:
         raise Refused(f"{what}: past_key_values moves its layers off the device, which the graph does not. Use a DynamicCache without offloading.")
     layers = cache.layers
@@ -105,8 +108,8 @@ def _accept(cache, what):
         if type(layer) is DynamicSlidingWindowLayer:
             if layer.is_initialized and layer.keys.shape[-2] != layer.cumulative_length:
                 raise Refused(
-                    f"{what}: past_key_values, layer {index}, has let go of all but the last {layer.keys.shape[-2]} of {layer.cumulative_length} places; "
-                    "the captured graph masks the window itself. Start from an empty cache."
+                    f"{what}: past_key_values, layer {index}, has let go of all but the last {layer.keys.shape[-2]} of "
+                    f"{layer.cumulative_length} places; the captured graph masks the window itself. Start from an empty cache."
                 )
             layers[index] = full = DynamicLayer()
             if layer.is_initialized:

@@ -35,14 +35,23 @@ class HiddenStates:
         if not wanted:
             return None
         if wanted is not True or not self.fields or None in self.fields.values():
-            raise Refused(f"{what}: output_hidden_states={wanted!r}; hidden states that are not what goes in and out of blocks are no outputs of the graph.")
+            raise Refused(
+                f"{what}: output_hidden_states={wanted!r}; hidden states that are not what goes in and out of blocks are no outputs of the graph.\n"
+                "Ask for True, or ask the original model."
+            )
         kinds = {path: kind for states in self.fields.values() for kind, path, _ in states if kind in ("through", "still")}
         if live.training and "still" in kinds.values():
-            raise Refused(f"{what}: output_hidden_states=True in training mode, but a dropout stands behind the last one. Read the blocks with forward hooks.")
+            raise Refused(
+                f"{what}: output_hidden_states=True in training mode, but a dropout stands behind the last one.\n"
+                "Read the blocks with forward hooks."
+            )
         graph = getattr(live, "graph", None)
         rewritten = sorted(kinds.keys() & {path_of(node) for node in graph.nodes if node.meta.get("made")}) if graph is not None else []
         if rewritten:
-            raise Refused(f"{what}: output_hidden_states=True, but {rewritten[0]}, which makes the last one, was rewritten. Read the blocks with forward hooks.")
+            raise Refused(
+                f"{what}: output_hidden_states=True, but {rewritten[0]}, which makes the last one, was rewritten.\n"
+                "Read the blocks with forward hooks."
+            )
         return {}
 
     @contextlib.contextmanager
@@ -73,9 +82,8 @@ class HiddenStates:
         found = {}
         for field, states in self.fields.items():
             if all(("into" if kind == "into" else "from", block) in watched for kind, _, block in states):
-                found[field] = tuple(
-                    watched[kind, block] if kind in ("into", "from") else attribute(live, path)(watched["from", block]) for kind, path, block in states
-                )
+                last = lambda path, block: attribute(live, path)(watched["from", block])
+                found[field] = tuple(watched[kind, block] if kind in ("into", "from") else last(path, block) for kind, path, block in states)
         return found
 
 

@@ -84,7 +84,8 @@ class Examples:
         """Token ids, none of them special but the end of sequence that some heads look for: (batch, length), int64."""
         text = self.config.get_text_config()
         vocab = setting(text, "vocab_size") or setting(self.config, "vocab_size", default=2)
-        special = {v for name in ("pad", "bos", "eos", "sep", "cls", "decoder_start") if isinstance(v := setting(self.config, f"{name}_token_id"), int)}
+        names = [f"{name}_token_id" for name in ("pad", "bos", "eos", "sep", "cls", "decoder_start")]
+        special = {token for name in names if isinstance(token := setting(self.config, name), int)}
         ids = self.integers(min(len(special) + 1, vocab - 1), vocab, self.sizes.batch, length)
         if self.device.type != "meta":
             end = setting(text, "eos_token_id")
@@ -140,7 +141,8 @@ class Examples:
         found = {name: make() for name, make in makers.items() if name in self.parameters}
         if self.model.main_input_name not in found:
             raise Refused(
-                f"{type(self.model).__name__}: no example for {self.model.main_input_name!r} can be made from its config. Hand one over: example={{…}}."
+                f"{type(self.model).__name__}: no example for {self.model.main_input_name!r} can be made from its config.\n"
+                "Hand one over: example={…}."
             )
         if "input_ids" in found and self.config.is_encoder_decoder is False:
             found.pop("decoder_input_ids", None)
@@ -152,7 +154,10 @@ class Examples:
             if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and name not in found
         ]
         if missing:
-            raise Refused(f"{type(self.model).__name__}: its forward asks for {', '.join(missing)}, of which no example can be made. Hand one over: example={{…}}.")
+            raise Refused(
+                f"{type(self.model).__name__}: its forward asks for {', '.join(missing)}, of which no example can be made.\n"
+                "Hand one over: example={…}."
+            )
         return found
 
     def labels(self, names, output):

@@ -93,7 +93,8 @@ def leaves(value, known=None):
             cls = type(value) if hasattr(value, "_fields") else None
             kind = "list" if isinstance(value, list) else "tuple"
             return branch(kind, dict(enumerate(value)), place or "output", cls)
-        raise Refused(f"{place or 'the value'}: {type(value).__module__}.{type(value).__qualname__} is neither a tensor nor made of tensors that can be named.")
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise Refused(f"{place or 'the value'}: {kind} is neither a tensor nor made of tensors that can be named.")
 
     def branch(kind, entries, place, cls=None):
         children = tuple(visit(child, f"{place}.{key}" if place else str(key)) for key, child in entries.items())

@@ -242,7 +242,10 @@ class Signature:
         if cache is None and not wanted and given.get("encoder_outputs") is None:
             return main
         if labelled and self.loss is None:
-            raise Refused(f"{self.what}: {self.labels[0]} together with a cache, but its loss is part of the graph without one. Leave out the cache, or {self.labels[0]}.")
+            raise Refused(
+                f"{self.what}: {self.labels[0]} together with a cache, but its loss is part of the graph without one.\n"
+                f"Leave out the cache, or {self.labels[0]}."
+            )
         if "past" in self.entries:
             return self.entries["past"]
         if given.get("encoder_outputs") is None:
@@ -255,20 +258,29 @@ class Signature:
         """An argument that is no input of the graph: harmless, or refused with the reason."""
         if name in FLAGS:
             if name == "output_attentions" and value:
-                raise Refused(f"{self.what}: output_attentions=True, but attention weights are no outputs of the captured graph. Ask the original model for them.")
+                raise Refused(
+                    f"{self.what}: output_attentions=True, but attention weights are no outputs of the captured graph.\n"
+                    "Ask the original model for them."
+                )
             return
         if name in self.labels or name in self.ignored or (self.loss is not None and name in LOSS_ARGUMENTS):
             return
         if name in entry.constants and not isinstance(value, torch.Tensor):
             if entry.constants[name] != value:
-                raise Refused(f"{self.what}: captured with {name}={entry.constants[name]!r}, called with {name}={value!r}. Capture again with an example that says so.")
+                raise Refused(
+                    f"{self.what}: captured with {name}={entry.constants[name]!r}, called with {name}={value!r}.\n"
+                    "Capture again with an example that says so."
+                )
             return
         if not isinstance(value, torch.Tensor) and (value is False or (name in self.fixed and self.fixed[name] == value)):
             return
         if name not in self.names and not self.is_open:
             raise TypeError(f"{self.what}.forward() got an unexpected keyword argument '{name}'")
         if name == "num_items_in_batch":
-            raise Refused(f"{self.what}: the loss is part of the captured graph and cannot be divided by num_items_in_batch. Leave it out and scale the loss returned.")
+            raise Refused(
+                f"{self.what}: the loss is part of the captured graph and cannot be divided by num_items_in_batch.\n"
+                "Leave it out and scale the loss returned."
+            )
         if name in self.names and any(name in other.names for other in self.entries.values()):
             return  # an input of the encoder, whose outputs are at hand
         raise Refused(f"{self.what}: {name} {REASONS.get(name, NEXT)}.")
@@ -276,7 +288,8 @@ class Signature:
     def _refuse_packed(self, entry, given):
         if entry.own is None and "position_ids" in entry.names and given.get("position_ids") is not None and given.get("attention_mask") is None:
             raise Refused(
-                f"{self.what}: position_ids without attention_mask, by which the original tells sequences packed into one row apart; that was not captured.\n"
+                f"{self.what}: position_ids without attention_mask, by which the original tells sequences packed into one row apart; "
+                "that was not captured.\n"
                 "Hand over an attention_mask (all ones) if the rows are not packed; unpack them if they are."
             )
 
@@ -330,7 +343,11 @@ class Signature:
     def _lose(self, live, given, fields):
         """The loss as the model itself comes to it, with what the caller adds (`num_items_in_batch`)."""
         places = {"output": fields, "label": given}
-        read = lambda reference: live.config if reference[0] == "config" else reference[1] if reference[0] == "value" else places[reference[0]][reference[1]]
+
+        def read(reference):
+            kind, *value = reference
+            return live.config if kind == "config" else value[0] if kind == "value" else places[kind][value[0]]
+
         extra = {name: given[name] for name in LOSS_ARGUMENTS if given.get(name) is not None}
         named = {name: read(reference) for name, reference in self.loss.kwargs}
         return live.loss_function(*[read(reference) for reference in self.loss.args], **named, **extra)

@@ -103,9 +103,15 @@ class Slot:
                 if size not in sizes:
                     sizes[size] = shape[dim]
                 elif sizes[size] != shape[dim]:
-                    raise Refused(f"{what}: {self.name} is {tuple(shape)}, but {self.words.get(size, size)} is {sizes[size]} by the other inputs: {self.picture()}.")
+                    raise Refused(
+                        f"{what}: {self.name} is {tuple(shape)}, but {self._say(size)} is {sizes[size]} "
+                        f"by the other inputs: {self.picture()}."
+                    )
             elif shape[dim] != size:
-                raise Refused(f"{what}: {self.name} is {tuple(shape)}, but it was captured as {self.picture()}. Capture again with an example of that size.")
+                raise Refused(
+                    f"{what}: {self.name} is {tuple(shape)}, but it was captured as {self.picture()}.\n"
+                    "Capture again with an example of that size."
+                )
         if value.dtype is not self.dtype:
             value = self._cast(value, what)
         return value
@@ -115,7 +121,8 @@ class Slot:
         for dim, formula in self.derived:
             if value.shape[dim] != formula.of(sizes):
                 raise Refused(
-                    f"{what}: {self.name} is {tuple(value.shape)}, but the other inputs ask for {self._say(formula.source)} = {formula.of(sizes)} places: {self.picture()}."
+                    f"{what}: {self.name} is {tuple(value.shape)}, but the other inputs ask for "
+                    f"{self._say(formula.source)} = {formula.of(sizes)} places: {self.picture()}."
                 )
 
     def make(self, sizes, device):

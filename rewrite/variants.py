@@ -103,7 +103,8 @@ class _Calls:
     def forward(self):
         """The main variant: no cache; labels where the graph computes a loss from them."""
         constants = {"use_cache": False} if "use_cache" in self.examples.parameters else {}
-        bare = {name: value for name, value in self.inputs.items() if name not in self.defaults}  # masks are looked at, which meta tensors do not bear
+        # without masks: the model looks at their values, which meta tensors do not have
+        bare = {name: value for name, value in self.inputs.items() if name not in self.defaults}
         given, loss, ignores = loss_of(self.model, {**bare, **self.cached}, self.labels) if self.labels else (False, None, False)
         inputs = self.inputs | {name: self._default(name, kind) for name, kind in self.defaults.items() if name not in self.inputs}
         inputs |= self.labels if given and loss is None else {}
@@ -214,8 +215,8 @@ class _Calls:
         for index, layer in enumerate(like.layers):
             for name, tensor in (("key", layer.keys), ("value", layer.values)):
                 dims[f"{place}.{index}.{name}"] = {0: "batch", 2: symbol} if symbol else {0: "batch"}
-            made = [self.examples.floats(tensor.shape[0], tensor.shape[1], length, tensor.shape[3]).to(tensor.dtype) for tensor in (layer.keys, layer.values)]
-            cache.layers.append(FullLayer(*made))
+            shapes = [(*t.shape[:2], length, t.shape[3]) for t in (layer.keys, layer.values)]
+            cache.layers.append(FullLayer(*(self.examples.floats(*shape).to(layer.keys.dtype) for shape in shapes)))
         return cache, dims
 
     def _dims(self, inputs):
@@ -274,10 +275,16 @@ class _Calls:
 def _plain(model, example):
     """The one call of a module that is no transformers model: batch first; sequences have a length each."""
     if example is None:
-        raise Refused(f"{type(model).__name__} is not a transformers model: hand over an example of its inputs, example={{name: tensor}} or a tuple in order.")
+        raise Refused(
+            f"{type(model).__name__} is not a transformers model: hand over an example of its inputs, "
+            "example={name: tensor} or a tuple in order."
+        )
     parameters = inspect.signature(model.forward).parameters
     if any(p.kind is p.VAR_POSITIONAL for p in parameters.values()) and not isinstance(example, dict):
-        raise Refused(f"{type(model).__name__}.forward takes *{next(n for n, p in parameters.items() if p.kind is p.VAR_POSITIONAL)}, whose inputs have no names.")
+        raise Refused(
+            f"{type(model).__name__}.forward takes *{next(n for n, p in parameters.items() if p.kind is p.VAR_POSITIONAL)}, "
+            "whose inputs have no names. Hand over a module whose forward names them."
+        )
     if isinstance(example, torch.Tensor):
         example = (example,)
     if not isinstance(example, dict):

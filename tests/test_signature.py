@@ -87,7 +87,10 @@ def test_every_variant_is_a_call_that_the_model_takes(family):
             output = model.get_submodule(variant.owner)(**rebuild(tree, tensors))
         assert ("past_key_values" in output) == (variant.name in ("past", "first", "next"))
         assert ("loss" in output) == bool(variant.labels and variant.loss is None)
-    sizes = [n for v in found for name, dims in v.dims.items() for dim, word in dims.items() if "+" not in word for n in [(word, dict(zip(*leaves(v.kwargs)[:2]))[name].shape[dim])]]
+    sizes = []
+    for variant in found:
+        tensors = dict(zip(*leaves(variant.kwargs)[:2]))
+        sizes += [(word, tensors[name].shape[dim]) for name, dims in variant.dims.items() for dim, word in dims.items() if "+" not in word]
     assert len({word for word, _ in sizes}) == len({n for _, n in sizes}) == len(set(sizes)), "one size per symbol, one symbol per size"
 
 
@@ -138,7 +141,14 @@ def test_the_loss_is_recomputed_only_where_it_is_the_models_own_function():
     assert balanced.loss is None and "labels" in balanced.kwargs, "the loss adds the balance of the router"
 
 
-@pytest.mark.parametrize("heads, dtype, shape", [({"num_labels": 1}, torch.float32, (3,)), ({"num_labels": 4, "problem_type": "multi_label_classification"}, torch.float32, (3, 4)), ({"num_labels": 4}, torch.int64, (3,))])
+@pytest.mark.parametrize(
+    "heads, dtype, shape",
+    [
+        ({"num_labels": 1}, torch.float32, (3,)),
+        ({"num_labels": 4, "problem_type": "multi_label_classification"}, torch.float32, (3, 4)),
+        ({"num_labels": 4}, torch.int64, (3,)),
+    ],
+)
 def test_labels_fit_the_problem(heads, dtype, shape):
     config = T.BertConfig(**models.SIZES, max_position_embeddings=64, pad_token_id=0, **heads)
     model = T.BertForSequenceClassification(config).eval()
@@ -153,7 +163,9 @@ def test_other_heads(head):
     model = head(T.BertConfig(**models.SIZES, max_position_embeddings=64, pad_token_id=0)).eval()
     live = signed(model)
     inputs = models.example("bert", batch=2, length=9)
-    labels = {"labels": inputs["input_ids"] % 2} if head in (T.BertForTokenClassification, T.BertForMaskedLM) else {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 8])} if head is T.BertForQuestionAnswering else {}
+    labels = {"labels": inputs["input_ids"] % 2} if head in (T.BertForTokenClassification, T.BertForMaskedLM) else {}
+    if head is T.BertForQuestionAnswering:
+        labels = {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 8])}
     assert equal(dict(model(**inputs)), dict(live(**inputs))) and equal(dict(model(**inputs, **labels)), dict(live(**inputs, **labels)))
     assert live._calls == (["unlabelled", "forward"] if labels else ["forward", "forward"])
     if len(labels) == 2:
@@ -308,7 +320,8 @@ def test_the_comparison_with_the_original_can_fail(broken, monkeypatch):
         expected = model(ids[:, 5:], past_key_values=original).logits
         make = slots.Slot.make
         if broken == "positions start at 0":
-            monkeypatch.setattr(slots.Slot, "make", lambda slot, sizes, *rest: make(slot, {**sizes, slot.start: 0} if slot.default == "positions" else sizes, *rest))
+            early = lambda slot, sizes: {**sizes, slot.start: 0} if slot.default == "positions" else sizes
+            monkeypatch.setattr(slots.Slot, "make", lambda slot, sizes, *rest: make(slot, early(slot, sizes), *rest))
         if broken == "masks of zeros":
             monkeypatch.setattr(slots.Slot, "make", lambda slot, *rest: make(slot, *rest) * 0 if slot.default == "ones" else make(slot, *rest))
         cache = DynamicCache()
