@@ -89,7 +89,8 @@ def refuse_hooks(model):
     hooked = [name or "the model" for name, module in model.named_modules() if hasattr(module, "_hf_hook")]
     if hooked:
         raise Refused(
-            f"{hooked[0]} (and {len(hooked) - 1} more modules) carry accelerate's device-map hooks, which move weights while the original code runs.\n"
+            f"{hooked[0]} (and {len(hooked) - 1} more modules) carry accelerate's device-map hooks, "
+            "which move weights while the original code runs.\n"
             "Load the model without device_map, or take the hooks away with accelerate.hooks.remove_hook_from_module(model, recurse=True)."
         )
 

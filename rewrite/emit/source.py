@@ -9,45 +9,21 @@ import keyword
 import math
 import operator
 import re
-import types
 from collections import Counter
-from functools import lru_cache
 
 import torch
 from torch import fx, nn
 
 from ..graph import HOST, attribute, count, device_of, dtype_of, least, select
+from .native import SPECIAL, native, with_reduction
 from .outline import Piece, is_size
 
-INFIX = {
-    "add.Tensor": "+", "sub.Tensor": "-", "mul.Tensor": "*", "div.Tensor": "/", "matmul.default": "@",
-    "eq.Tensor": "==", "ne.Tensor": "!=", "lt.Tensor": "<", "le.Tensor": "<=", "gt.Tensor": ">", "ge.Tensor": ">=",
-    "eq.Scalar": "==", "ne.Scalar": "!=", "lt.Scalar": "<", "le.Scalar": "<=", "gt.Scalar": ">", "ge.Scalar": ">=",
-    "__and__.Tensor": "&", "__or__.Tensor": "|", "__xor__.Tensor": "^", "bitwise_and.Tensor": "&", "bitwise_or.Tensor": "|",
-}  # fmt: skip
 HOST_INFIX = {
     operator.add: "+", operator.sub: "-", operator.mul: "*", operator.floordiv: "//", operator.truediv: "/", operator.mod: "%", operator.pow: "**",
-    operator.eq: "==", operator.ne: "!=", operator.lt: "<", operator.le: "<=", operator.gt: ">", operator.ge: ">=", operator.and_: "&", operator.or_: "|",
+    operator.eq: "==", operator.ne: "!=", operator.lt: "<", operator.le: "<=", operator.gt: ">", operator.ge: ">=",
+    operator.and_: "&", operator.or_: "|",
 }  # fmt: skip
-OPEN_END = 2**63 - 1
-
-
-@lru_cache(maxsize=None)
-def native(op):
-    """How an ATen overload is reached fastest: ("infix", "+"), ("method", "view") or ("function", "torch.cos")."""
-    namespace, _, name = op._schema.name.partition("::")
-    overload = op._overloadname or "default"
-    if namespace != "aten":
-        return "function", f"torch.ops.{namespace}.{name}.{overload}"
-    if f"{name}.{overload}" in INFIX:
-        return "infix", INFIX[f"{name}.{overload}"]
-    arguments = op._schema.arguments
-    if arguments and arguments[0].name == "self" and isinstance(torch.Tensor.__dict__.get(name, torch._C.TensorBase.__dict__.get(name)), types.MethodDescriptorType):
-        return "method", name
-    for place, holder in (("torch", torch), ("torch._C._nn", torch._C._nn)):
-        if isinstance(getattr(holder, name, None), types.BuiltinFunctionType):
-            return "function", f"{place}.{name}"
-    return "function", f"torch.ops.aten.{name}.{overload}"
+_LITERALS = (bool, int, float, complex, str, torch.dtype, torch.layout, torch.memory_format)
 
 
 def top_source(outline, root, name, owner="", bodies=None):
@@ -226,7 +202,7 @@ class _Writer:
             return f"torch.device({str(arg)!r})"
         if isinstance(arg, float) and not math.isfinite(arg):
             return f"float({str(arg)!r})"
-        if isinstance(arg, (torch.dtype, torch.layout, torch.memory_format)) or arg is None or isinstance(arg, (bool, int, float, str, complex)) or arg is Ellipsis:
+        if arg is None or arg is Ellipsis or isinstance(arg, _LITERALS):
             return repr(arg)
         raise TypeError(f"an argument of type {type(arg).__name__} cannot be printed: {arg!r}")
 
@@ -281,7 +257,8 @@ class _Writer:
     def release(self, i):
         """Let go of tensors after their last use: a step holds no more memory than the original's inner scopes."""
         sources = [self.sizes[a][0] if a in self.sizes else a for a in self.reads[i]]
-        dead = [a for a in dict.fromkeys(sources) if self.last[a] == i and a in self.names and isinstance(a.meta.get("val"), torch.Tensor) and a.op != "get_attr"]
+        ended = [a for a in dict.fromkeys(sources) if self.last[a] == i and a in self.names and a.op != "get_attr"]
+        dead = [a for a in ended if isinstance(a.meta.get("val"), torch.Tensor)]
         if dead:
             self.lines[-1] += f"; del {', '.join(self.names[a] for a in dead)}"
 
@@ -322,18 +299,19 @@ class _Writer:
             return f"{self.read(node.target)}({self.arguments(node.args, node.kwargs)})"
         if not isinstance(node.target, torch._ops.OpOverload):
             return self.call_host(node)
-        special = _SPECIAL.get(node.target)
+        special = SPECIAL.get(node.target)
         if special and (text := special(self, node)):
             return text
         kind, text = self.call_form(node)
-        args, kwargs = node.args, {k: v for k, v in node.kwargs.items() if not (v is None or (k == "pin_memory" and v is False) or (k == "layout" and v is torch.strided))}
+        silent = {"pin_memory": False, "layout": torch.strided}  # what every factory takes anyway
+        args, kwargs = node.args, {k: v for k, v in node.kwargs.items() if v is not None and (k not in silent or v != silent[k])}
         if kind == "infix":
             return f"{self.operand(args[0])} {text} {self.operand(args[1])}"
         if kind == "method":
             if len(args) == 2 and isinstance(args[1], (list, tuple)) and not kwargs and text in ("view", "reshape", "expand", "permute", "repeat"):
                 args = (args[0], *args[1])
             return f"{self.value(args[0])}.{text}({self.arguments(args[1:], kwargs)})"
-        return f"{self.bound(node)}({self.arguments(*_with_reduction(node.target, args, kwargs))})"
+        return f"{self.bound(node)}({self.arguments(*with_reduction(node.target, args, kwargs))})"
 
     def arguments(self, args, kwargs):
         return ", ".join([*map(self.value, args), *(f"{k}={self.value(v)}" for k, v in kwargs.items())])
@@ -386,15 +364,6 @@ def _nodes_in(value):
     return found
 
 
-def _with_reduction(op, args, kwargs):
-    """Losses say their reduction: the native binding of cross_entropy_loss takes another default than its schema (torch 2.13)."""
-    schema = op._schema.arguments
-    place = next((i for i, a in enumerate(schema) if a.name == "reduction"), None)
-    if place is None or len(args) > place or "reduction" in kwargs:
-        return args, kwargs
-    return (*args, *(kwargs.get(a.name, a.default_value) for a in schema[len(args) : place + 1])), {k: v for k, v in kwargs.items() if k not in {a.name for a in schema[: place + 1]}}
-
-
 def _is_host(node):
     """True for what is read or reckoned without touching a tensor's values."""
     return node.target in (select, dtype_of, device_of, least) or (node.target in HOST and is_size(node))
@@ -406,32 +375,5 @@ def _stem(node):
         name = target.rsplit(".", 1)[-1]
         return name if name.isidentifier() else "module"
     name = target._schema.name.split("::")[1] if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", "value")
-    return {"scaled_dot_product_attention": "attention", "getitem": "part", "dtype_of": "dtype", "device_of": "device", "sym_size": "n"}.get(name, name.strip("_"))
-
-
-def _slice(writer, node):
-    x, dim, start, end, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
-    if node.kwargs:
-        return None
-    start, end = (None if start == 0 and isinstance(start, int) else start), (None if isinstance(end, int) and end >= OPEN_END else end)
-    text = f"{'' if start is None else writer.value(start)}:{'' if end is None else writer.value(end)}{'' if step == 1 else ':' + writer.value(step)}"
-    around = [":"] * dim + [text] if dim >= 0 else ["...", text] + [":"] * (-dim - 1)
-    return f"{writer.value(x)}[{', '.join(around)}]"
-
-
-def _index(writer, node):
-    x, indices = node.args
-    if not all(i is None or (isinstance(i.meta.get("val"), torch.Tensor) and i.meta["val"].dim() > 0) for i in indices):
-        return None
-    return f"{writer.value(x)}[{', '.join(':' if i is None else writer.value(i) for i in indices)}]"
-
-
-def _size(writer, node):
-    return f"{writer.value(node.args[0])}.shape[{node.args[1]}]"
-
-
-_SPECIAL = {
-    torch.ops.aten.slice.Tensor: _slice,
-    torch.ops.aten.index.Tensor: _index,
-    torch.ops.aten.sym_size.int: _size,
-}
+    short = {"scaled_dot_product_attention": "attention", "getitem": "part", "dtype_of": "dtype", "device_of": "device", "sym_size": "n"}
+    return short.get(name, name.strip("_"))
