@@ -12,7 +12,7 @@ import operator
 
 import torch
 
-from .graph import HOST, attribute, shape
+from .graph import HOST, attribute, select, shape
 
 _VIEWS = frozenset("""
     view _unsafe_view reshape transpose permute t mT numpy_T expand expand_as broadcast_to contiguous clone alias unsqueeze squeeze flatten unflatten
@@ -42,7 +42,7 @@ _ARITHMETIC = frozenset("""
 _ELEMENTWISE = _ARITHMETIC | _NONLINEAR - {"glu"}
 _SCALINGS = frozenset({"mul", "mul_", "div", "div_"})
 _SHAPED_LIKE = frozenset("new_empty new_zeros new_ones new_full empty_like zeros_like ones_like full_like rand_like randn_like sym_size".split())
-_NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
+_ASKING = HOST - {operator.getitem, select}  # functions of a value's size, dtype or device
 PRODUCTS = frozenset("matmul mm bmm baddbmm addmm addbmm einsum linalg_vecdot dot mv".split())
 ATTENTIONS = frozenset("""
     scaled_dot_product_attention _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
@@ -73,8 +73,8 @@ def is_float(node):
 
 
 def tensors(node):
-    """The inputs of a node that are tensors or lists of them, in order (sizes are left out)."""
-    return [n for n in node.all_input_nodes if not isinstance(n.meta.get("val"), _NUMBERS)]
+    """The inputs of a node that are tensors or lists of them, in order (not sizes, dtypes, flags)."""
+    return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), (torch.Tensor, list, tuple)) or n.op == "call_module"]
 
 
 class Flow:
@@ -85,7 +85,7 @@ class Flow:
         self.nodes = list(graph.nodes)
         self.place = {node: i for i, node in enumerate(self.nodes)}
         self.name = {node: op_name(node) for node in self.nodes}
-        self.reads = {node: () if self.name[node] in _SHAPED_LIKE else tensors(node) for node in self.nodes}
+        self.reads = {node: () if self.name[node] in _SHAPED_LIKE or node.target in _ASKING else tensors(node) for node in self.nodes}
         self.content = frozenset()
         self._shapes = {}
         self.writes = self._writes()
