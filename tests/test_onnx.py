@@ -210,6 +210,23 @@ def test_a_cast_model_exports_in_its_new_dtype(tmp_path):
     assert export_onnx(graph, tmp_path / "h.onnx").error < 2e-2
 
 
+PLAIN = {
+    "recurrent": (lambda: nn.LSTM(5, 4, batch_first=True), (3, 7, 5)),
+    "convolutions": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ELU()), (2, 3, 9, 9)),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_modules(name, tmp_path):
+    build_module, shape = PLAIN[name]
+    module = build_module().eval()
+    report = export_onnx(capture(module, (x(*shape),)), tmp_path / "p.onnx")
+    with torch.no_grad():
+        wanted = torch.utils._pytree.tree_leaves(module(x(*shape)))
+    assert report.error < 2e-5 and len(report.sizes) == 2
+    assert max(agree.difference(w.numpy(), g) for w, g in zip(wanted, run(tmp_path / "p.onnx", x(*shape)), strict=True)) < 2e-5
+
+
 @pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
 def test_rewritten_and_merged_models(family, tmp_path):
     """Adapters with weights that matter: the live model's graphs, and the same model merged, which has no node more than the original."""
@@ -266,6 +283,13 @@ def test_random_ops_are_refused_with_their_place(tmp_path):
 def test_ops_without_a_translation_are_refused_with_their_place(tmp_path):
     graph = graph_of(lambda a: torch.linalg.eigvalsh(a @ a.t()), x(), static=(0,))
     refused(tmp_path, graph, tmp_path / "e.onnx", match=r"%.*eig.*no ONNX translation[\s\S]*Nothing was written")
+
+
+def test_a_translation_that_loops_over_data_is_refused(tmp_path):
+    """torchlib's `while` over an ONNX value would never end; a model that stays opaque in part is refused by its parts."""
+    bag = graph_of(lambda ids: F.embedding_bag(ids, torch.ones(9, 6)), torch.randint(0, 9, (3, 5)))
+    refused(tmp_path, bag, tmp_path / "b.onnx", match="embedding_bag.*no ONNX translation")
+    refused(tmp_path, captured("mamba"), tmp_path / "m.onnx", match=r"2 part\(s\)[\s\S]*backbone.layers.0.mixer: .*mamba_selective_scan")
 
 
 def test_opaque_modules_are_refused_by_path_and_reason(tmp_path):

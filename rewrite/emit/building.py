@@ -36,6 +36,9 @@ class Value(ir.Value):
 
     __hash__ = ir.Value.__hash__
 
+    def __bool__(self):
+        raise TypeError("what an ONNX value holds is not known while it is written")  # else an `if` or `while` of torchlib's would guess
+
 
 def _operator(name, result=None, flipped=False):
     def write(self, *other):

@@ -126,7 +126,7 @@ def _scatter(writer, view, above, value):
 def _span(writer, view):
     args = [writer.argument(item) for item in view.args[2:]]
     start, stop, step = (args + [None] * 3)[:3]
-    return start or 0, stop, step or 1
+    return 0 if start is None else start, stop, 1 if step is None else step
 
 
 def permutation(node):

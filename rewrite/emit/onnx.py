@@ -138,7 +138,8 @@ def _refuse(graph, nodes, place):
     opaque = [node for node in nodes if node.op == "call_module"]
     if opaque:
         lines = [f"  {node.target}: {graph.opaque.get(node.target, 'it could not be captured')}" for node in opaque]
-        raise Refused("\n".join([f"{place}: {len(opaque)} part(s) of the model could not be captured and have no ONNX form:", *lines]))
+        head = f"{place}: {len(opaque)} part(s) of the model could not be captured and have no ONNX form:"
+        raise Refused("\n".join([head, *lines, "Put modules in their place that run without loops over sizes or data, then rewrite and export again."]))
     for node in nodes:
         if node.op != "get_attr" or node.target.rpartition(".")[2] == "training":
             continue

@@ -110,7 +110,7 @@ def unbind(w, node, x, dim=0):
 def slice_(w, node, x, dim=0, start=None, end=None, step=1):
     if sizes_of(fake(node)) == sizes_of(fake(node.args[0])) and step == 1:
         return x
-    return w.op("Slice", x, shapes.index(w, start or 0), shapes.index(w, end), [dim % fake(node).ndim], [step], dtype=x.dtype)
+    return w.op("Slice", x, shapes.index(w, 0 if start is None else start), shapes.index(w, end), [dim % fake(node).ndim], [step], dtype=x.dtype)
 
 
 @own("narrow")
@@ -127,7 +127,7 @@ def select(w, node, x, dim, index):
 
 @own("slice_scatter")
 def slice_scatter(w, node, x, source, dim=0, start=None, end=None, step=1):
-    return shapes.scatter_slice(w, x, source, fake(node), dim % fake(node).ndim, start or 0, end, step)
+    return shapes.scatter_slice(w, x, source, fake(node), dim % fake(node).ndim, 0 if start is None else start, end, step)
 
 
 @own("select_scatter")

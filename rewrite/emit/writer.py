@@ -117,9 +117,9 @@ class Writer(Builder):
     def _translate(self, node, target, name):
         if not isinstance(target, torch._ops.OpOverload) and not hasattr(target, "reference"):
             raise Untranslatable(f"{name} has no meaning in a graph of tensors")
-        if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()) and name.split(".")[0] not in OWN:
-            raise Untranslatable(f"{name} draws random numbers")
         args, kwargs = self.argument(list(node.args)), {key: self.argument(value) for key, value in node.kwargs.items()}
+        if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()) and name.split(".")[0] not in OWN and not _is_still(target, args, kwargs):
+            raise Untranslatable(f"{name} draws random numbers")
         complex_ = [isinstance(value, torch.Tensor) and value.is_complex() for value in _fakes(node)]
         if not any(complex_) and (translator := OWN.get(name.split(".")[0])):
             out = translator(self, node, *args, **kwargs)
@@ -329,6 +329,12 @@ def _decompositions(writer):
         known = lambda op: op.name().split(".")[0] in OWN or writer._library is not None and writer._library.find(op.name(), False) is not None
         writer._tables = {op: body for op, body in every.items() if not known(op)}, every
     return writer._tables
+
+
+def _is_still(target, args, kwargs):
+    """Whether an op that may draw random numbers is told not to: an LSTM in evaluation."""
+    given = dict(zip((argument.name for argument in target._schema.arguments), args)) | kwargs
+    return given.get("train", given.get("training")) is False
 
 
 def _fakes(node):
