@@ -68,12 +68,16 @@ class Edit:
         """How the site's operation reads its weight, or None for a site without one."""
         return Operation.of(site.operation) if site.operation is not None else None
 
-    def given(self, site, names):
-        """What `refuse`, `params` and `trains` see of a site, by name.
+    def given(self, site, method):
+        """What a method of the pass (`refuse`, `params`, `trains`) asks to see of a site, by name.
 
         A weight or bias is the tensor itself in standard orientation; an activation is an empty prototype with its rank, dtype and device,
         sizes that vary being 1. `kind` is "linear", "conv", "embedding", "experts" or None, `fan_in` how many inputs make one output.
         """
+        names, known = wants(method), (*dict.fromkeys((*site.handles, "x", "w", "b", "y")), *FACTS, "norm")
+        for name in names:
+            if name not in known:
+                raise Refused(f"{self.kind} at {site.path}: {method.__name__}() asks for {name!r}; it may ask for {', '.join(known)}.")
         return {name: self._given(site, name) for name in names}
 
     def _given(self, site, name):
@@ -127,10 +131,10 @@ class Edit:
             return f"its {len(rows)} rows of the fused projection follow no regular pattern"
         if rows is not None and self._trained(site) and self._covered(site, sites) < rows.total:
             return "its bias is one tensor for the whole fused projection: name all of its parts, for example attention.{q,k,v}"
-        return options.refuse(**self.given(site, wants(options.refuse)))
+        return options.refuse(**self.given(site, options.refuse))
 
     def _trained(self, site):
-        return self.step.options.trains(**self.given(site, wants(self.step.options.trains)))
+        return self.step.options.trains(**self.given(site, self.step.options.trains))
 
     def _covered(self, site, sites):
         """How many rows of the site's fused projection the chosen sites cover together."""
@@ -148,15 +152,15 @@ class Edit:
         if known is not None:
             return known  # made for another variant, or for another call of the same module
         operation = self.operation(site)
-        given = self.given(site, wants(self.step.options.params))
+        given = self.given(site, self.step.options.params)
         if all(v.is_meta for v in given.values() if isinstance(v, torch.Tensor)):
             # no values to make: the shapes of one site serve all alike
             key = ("params", self.step.options, operation and operation.kind, tuple((n, tuple(v.shape), v.dtype) if isinstance(v, torch.Tensor) else (n, v) for n, v in given.items()))
-            template = self.memo.get(key) or self.memo.setdefault(key, self._new(operation, given))
+            template = self.memo.get(key) or self.memo.setdefault(key, self._new(site, given))
             new = {name: Frozen(torch.empty_like(v.tensor)) if isinstance(v, Frozen) else torch.empty_like(v) for name, v in template.items()}
         else:
             with self._seeded(base):
-                new = self._new(operation, given)
+                new = self._new(site, given)
         paths = {}
         for name, value in new.items():
             paths[name] = self._install(f"{base}.{name}", value)
@@ -169,7 +173,7 @@ class Edit:
         key = ("shared", self.step.place, base)
         if key not in self.memo:
             with self._seeded(base):
-                new = options.shared([Seen(self, site) for site in sites])
+                new = self._checked(options.shared([Seen(self, site) for site in sites]), f"{self.kind}: shared()")
             self.memo[key] = {name: self._install(f"{base}.{name}", value) for name, value in new.items()}
         return self.memo[key]
 
@@ -187,14 +191,30 @@ class Edit:
         torch.manual_seed(number)
         return stack
 
-    def _new(self, operation, given):
+    def _new(self, site, given):
         """What `params` gives; where the site has experts it is asked once for each, and the answers are stacked."""
-        params = self.step.options.params
+        operation, params = self.operation(site), self.step.options.params
         if operation is None or operation.kind != "experts" or given.get("w") is None:
-            return params(**given)
-        each = [params(**{**given, "w": w}) for w in given["w"]]
+            return self._checked(params(**given), f"{self.kind} at {site.path}: params()")
+        each = [self._checked(params(**{**given, "w": w}), f"{self.kind} at {site.path}: params()") for w in given["w"]]
         stack = lambda v: Frozen(torch.stack([one.tensor for one in v])) if isinstance(v[0], Frozen) else torch.stack(v)  # noqa: E731
         return {name: stack([one[name] for one in each]) for name in each[0]}
+
+    def _checked(self, new, place):
+        """The answer of a pass, name → new tensor; Refused in words for anything else."""
+        nouns = self.step.options.nouns()
+        asked = {name for noun in nouns for name in wants(getattr(self.step.options, noun))}
+        if not isinstance(new, dict):
+            raise Refused(f"{place} must return a dict of names and tensors, not {type(new).__name__}.")
+        for name, value in new.items():
+            tensor = value.tensor if isinstance(value, Frozen) else value
+            if not isinstance(tensor, torch.Tensor):
+                raise Refused(f"{place} gives {type(tensor).__name__} for {name!r}: give a tensor, or frozen(tensor).")
+            if tensor is value and not (tensor.is_floating_point() or tensor.is_complex()):
+                raise Refused(f"{place} gives {name!r} as {tensor.dtype}, which cannot be trained: give frozen(tensor).")
+            if nouns and name not in asked:
+                raise Refused(f"{place} gives {name!r}, and no noun asks for it.")
+        return new
 
     def _free(self, path):
         module = self.graph.root
@@ -380,7 +400,7 @@ class Seen:
         self._edit, self._site, self.path = edit, site, site.path
 
     def __getattr__(self, name):
-        return self._edit.given(self._site, (name,))[name]
+        return self._edit._given(self._site, name)
 
 
 class Region:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from rewrite import capture
+from rewrite import graph as g
 
 # ---- comparing -----------------------------------------------------------------------------------------------------------
 
@@ -219,12 +220,17 @@ def unchanged(model):
 # ---- live models ---------------------------------------------------------------------------------------------------------
 
 
+def tensor_of(live, path):
+    """The parameter or buffer at a path."""
+    return g.attribute(live, path)
+
+
 def wake(live, seed=0, size=0.3):
     """Give every tensor that passes have made another value."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for path in live.report.made:
-            tensor = live.get_parameter(path)
+            tensor = tensor_of(live, path)
             tensor.copy_(size * torch.randn(tensor.shape, generator=generator, dtype=torch.float64))
     return live
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checks import TOYS, captured, close, learned, model_of, rejects, rounding, train, unchanged, wake
+from checks import TOYS, captured, close, learned, model_of, rejects, rounding, tensor_of, train, unchanged, wake
 
 from rewrite import Refused, Spec, SpecError, export_onnx, load, merge, pipeline, rewrite, save, show
 from rewrite import graph as g
@@ -148,7 +148,7 @@ def test_holds_still(name, toy):
 def is_shift_of_keys(live, path):
     """A vector added to every key: softmax does not see what all keys share (unless positions turn it)."""
     site = next((site for one in live.report.applied for site, role in one.sites if role == "attention.k" and path.startswith(f"{site}.")), None)
-    return site is not None and live.get_parameter(path).dim() == 1
+    return site is not None and tensor_of(live, path).dim() == 1
 
 
 @every_toy
@@ -160,7 +160,7 @@ def test_wakes(name, toy):
         TOYS[toy].loss(live).backward()
     before = TOYS[toy].output(live, 3, 11)
     for path in changing:
-        tensor = live.get_parameter(path)
+        tensor = tensor_of(live, path)
         old = tensor.detach().clone()
         with torch.no_grad():
             tensor.add_(torch.randn_like(tensor))
@@ -325,8 +325,8 @@ def test_same_spec_same_text(name, toy):
     one, two = shared(name, toy), rewritten(name, toy)
     assert show(one.graph) == show(two.graph)
     for path in one.report.made:
-        assert torch.equal(one.get_parameter(path), two.get_parameter(path)), path
+        assert torch.equal(tensor_of(one, path), tensor_of(two, path)), path
     other = rewritten(name, toy, seed=1)
     for path in one.report.made:
-        drawn = one.get_parameter(path).unique().numel() > 1
-        assert torch.equal(one.get_parameter(path), other.get_parameter(path)) != drawn, path
+        drawn = tensor_of(one, path).unique().numel() > 1
+        assert torch.equal(tensor_of(one, path), tensor_of(other, path)) != drawn, path
