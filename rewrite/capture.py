@@ -230,15 +230,23 @@ def _is_equality(condition):
 
 
 def _only_fails_at(condition, least):
-    """Whether a condition on one symbol is false at its least value alone."""
+    """Whether a condition on a sum of symbols is false where all have their least value, and there alone."""
     symbols = condition.free_symbols
-    if len(symbols) != 1 or not isinstance(condition, sympy.core.relational.Relational):
+    if not symbols or not isinstance(condition, sympy.core.relational.Relational) or not symbols <= least.keys():
         return False
-    (symbol,) = symbols
-    if symbol not in least or not (condition.lhs - condition.rhs).is_polynomial(symbol) or sympy.degree(condition.lhs - condition.rhs, symbol) > 1:
+    difference = condition.lhs - condition.rhs
+    if not difference.is_polynomial(*symbols) or sympy.Poly(difference, *symbols).total_degree() > 1:
         return False
-    at = least[symbol]
-    return condition.subs(symbol, at) == sympy.false and condition.subs(symbol, at + 1) == sympy.true and condition.subs(symbol, 10**9) == sympy.true
+    # as every symbol grows the difference moves one way, so it is enough to look at the corner and at one step from it
+    if len({sympy.sign(difference.coeff(symbol)) for symbol in symbols}) != 1:
+        return False
+    at = {symbol: least[symbol] for symbol in symbols}
+    steps = [{**at, symbol: at[symbol] + step} for symbol in symbols for step in (1, 10**9)]
+    return condition.xreplace(_numbers(at)) == sympy.false and all(condition.xreplace(_numbers(step)) == sympy.true for step in steps)
+
+
+def _numbers(sizes):
+    return {symbol: sympy.Integer(size) for symbol, size in sizes.items()}
 
 
 def _require_filled(ours):

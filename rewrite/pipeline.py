@@ -94,11 +94,9 @@ def run(edit, found):
     if reason and main:
         raise Refused(f"{step.place}: {step.method}: {reason}")
     try:
-        sites = select(found, step.where) if step.where is not None else []
+        sites = select(found, step.where, default=options.role or "linear", strict=main) if step.where is not None else []
     except Refused as error:
-        if main:
-            raise Refused(f"{step.place}: {step.method} {error}") from None
-        sites = []  # a part of the model that this variant does not run
+        raise Refused(f"{step.place}: {step.method} {error}") from None
     if hasattr(options, "apply"):
         return tuple(options.apply(edit, sites)), ()
     refused = [(site, reason) for site in sites if (reason := edit.reason(site, sites))]
