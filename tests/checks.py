@@ -235,7 +235,7 @@ def wake(live, seed=0, size=0.3):
     return live
 
 
-def train(live, loss, steps=40, lr=0.01):
+def train(live, loss, steps=40, lr=0.03):
     """Losses of AdamW on whatever trains."""
     optimizer = torch.optim.AdamW([p for p in live.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
     losses = []
