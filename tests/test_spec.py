@@ -145,7 +145,12 @@ def test_defaults_are_left_out():
 
 
 def test_an_option_may_be_called_parallel():
-    assert Spec.parse({"passes": [{"pass": "adapter", "bottleneck": 3, "parallel": True}]}).passes[0].options.parallel
+    @dataclass(frozen=True)
+    class Beside(Pass):
+        parallel: bool = False
+        role = "mlp"
+
+    assert Spec.parse({"passes": [{"pass": "beside", "parallel": True}]}, [Beside]).passes[0].options.parallel
 
 
 def test_specs_that_ask_for_the_same_are_equal_and_others_are_not():
