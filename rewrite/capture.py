@@ -26,11 +26,12 @@ from .variants import variants
 _ATTEMPTS = 24
 
 
-def capture(model, example=None):
+def capture(model, example=None, *, generation=True):
     """Capture a model → its main Graph ("forward"), the others under `.variants`.
 
     model: a transformers model, or any nn.Module with `example` (a dict of arguments, or a tuple of them in order). It is not changed:
-    not its mode, its config, its tensors, nor the random state of the process.
+    not its mode, its config, its tensors, nor the random state of the process. generation: also capture the calls that `generate` makes
+    (with a cache; the encoder alone); False spares their time where nothing will be generated.
     Raises Refused where the outermost module cannot be captured, with the line that stood in the way.
     """
     hooked = next((name for name, module in model.named_modules() if hasattr(module, "_hf_hook")), None)
@@ -41,7 +42,7 @@ def capture(model, example=None):
         )
     root = clone_tree(model)
     graphs, opaque, trees, captured = [], {}, {}, []
-    for variant in variants(model, example):
+    for variant in variants(model, example)[: None if generation else 1]:
         main = graphs[0] if graphs else None
         try:
             work = _Capture(model, root, variant, opaque, main)

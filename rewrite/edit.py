@@ -258,12 +258,13 @@ class Edit:
             self._noun(site, noun, paths)
 
     def train(self, path):
-        """Let a base tensor train: on a copy of its own, so that the model given stays as it is."""
+        """Let a base tensor train: on a copy of its own, so that the model given stays as it is (unless it was donated)."""
         parameter = g.attribute(self.graph.root, path)
         if not parameter.is_floating_point():
             raise Refused(f"{self.kind} at {path}: a tensor of {parameter.dtype} cannot be trained")
         if path not in self.report.trains:
-            parameter.data = parameter.data.clone()
+            if not self.memo.get("donate"):
+                parameter.data = parameter.data.clone()
             self.report.trains.update(names_of(self.graph.root, parameter))
         parameter.requires_grad_(True)
 

@@ -24,7 +24,8 @@ def rewrite(model, spec, example=None, *, donate=False):
 
     model: a transformers model or any `nn.Module`; it is not changed in any way, nor by training, casting or sharding the live one, and
     frozen weights share its storage. spec: a dict, a path to JSON, or a `Spec`. example: inputs of a model that is not of transformers (a
-    dict of keyword arguments or a tuple). donate: let go of the model's own tensors as they are replaced.
+    dict of keyword arguments or a tuple). donate: the model given is not needed any more, so base tensors that the spec lets train are not
+    copied first, and training the live model changes them there too.
 
     The live model is an instance of the model's class, with `.report`, `.graph` and `.spec`. What no pass makes or names is frozen.
     Raises SpecError before the model is looked at, Refused for what this model cannot have, Broken where an invariant does not hold.
@@ -32,7 +33,9 @@ def rewrite(model, spec, example=None, *, donate=False):
     spec = Spec.parse(spec)
     base = fingerprint(model)
     graph = capture(model, example)
-    report = apply(graph, spec)
+    report = apply(graph, spec, donate=donate)
+    if donate:
+        base.settle()  # hashed now: the tensors it would be made from later are about to change
     return _live(graph, spec, report, base)
 
 
@@ -56,20 +59,20 @@ def merge(live, *, partial=False):
     return _live(graph, dataclasses.replace(live.spec, passes=(*live.spec.passes, step)), report, live._base)
 
 
-def apply(graph, spec):
+def apply(graph, spec, *, donate=False):
     """Apply a spec to a captured graph, its variants and its module tree, in place. Returns the Report."""
     report = Report(opaque=dict(graph.opaque), notes=list(graph.notes))
     for parameter in graph.root.parameters():
         parameter.requires_grad_(False)
-    _apply_steps(graph, spec.passes, spec.seed, report)
+    _apply_steps(graph, spec.passes, spec.seed, report, donate)
     return report
 
 
-def _apply_steps(graph, steps, seed, report):
+def _apply_steps(graph, steps, seed, report, donate=False):
     graphs = graph.all()
     records = [Record.of(part, report, graphs) for part in graphs]
     found = [roles(part) for part in graphs]
-    memo = {}
+    memo = {"donate": donate}
     for step in steps:
         start, before = time.perf_counter(), Size.of(graph.root)
         restructured = []

@@ -72,7 +72,7 @@ def load(model, labels):
             torch.manual_seed(0)
             loaded, info = transformers.AutoModelForSequenceClassification.from_pretrained(
                 model, num_labels=len(labels), id2label=names, label2id={name: i for i, name in names.items()}, dtype=torch.float32,
-                output_loading_info=True, ignore_mismatched_sizes=True,
+                output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True,
             )  # fmt: skip
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, ImportError) as error:
