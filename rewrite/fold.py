@@ -14,6 +14,7 @@ from .errors import Refused
 
 #: How far from affine float64 rounding may look, relative to the RMS of the values.
 ROUNDING = 1e-9
+_PRODUCTS = {torch.ops.aten.linear.default, torch.ops.aten.addmm.default, torch.ops.aten.mm.default, torch.ops.aten.matmul.default}
 
 
 class _Region:
@@ -49,8 +50,11 @@ class _Region:
     def path(self):
         return self.operation.weight
 
-    def run(self, x, tensors, extras=None):
-        """The region's value at `x` (and, for experts, at other `extras`), with `tensors` by path, in eval mode."""
+    def run(self, x, tensors, extras=None, is_identity=False):
+        """The region's value at `x` (and, for experts, at other `extras`), with `tensors` by path, in eval mode.
+
+        Where `x` is an identity the op's own product is its weight, turned: for a square weight of 4096 that spares 10¹¹ operations.
+        """
         env = {self.x: x, **(extras or {})}
         read = lambda a: fx.node.map_arg(a, lambda n: env[n] if n in env else tensors(n.target))  # noqa: E731
         for node in self.nodes:
@@ -58,8 +62,15 @@ class _Region:
             if self.operation.kind == "conv" and "conv" in str(node.target):
                 args = _valid(node.target, args)
                 kwargs = {}
-            env[node] = node.target(*args, **kwargs)
+            spared = is_identity and node is self.node and args[self.operation.x] is x and not kwargs and node.target in _PRODUCTS
+            env[node] = self._on_identity(args, x) if spared else node.target(*args, **kwargs)
         return env[self.y]
+
+    def _on_identity(self, args, x):
+        operation = self.operation
+        product = args[operation.w].mT if self.node.target is torch.ops.aten.linear.default else args[operation.w]
+        bias = args[operation.b] if operation.b is not None and len(args) > operation.b else None
+        return (product if bias is None else product + bias).expand(*x.shape[:-1], product.shape[-1])
 
     def reason(self):
         """Why this region does not fold, or None."""
@@ -109,6 +120,7 @@ class _Region:
             whole = self.run(ids, tensors)
             return all(torch.allclose(self.run(ids[i : i + 1], tensors)[0], whole[i], rtol=ROUNDING, atol=ROUNDING) for i in range(len(ids)))
         x, extras = self._inputs(weight)
+        x = x[..., :3, :] if self.operation.kind == "linear" else x  # a question about any rows
         generator = torch.Generator().manual_seed(0)
         a, b = (torch.randn(x.shape, generator=generator, dtype=torch.float64) for _ in range(2))
         f = lambda v: self.run(v, tensors, extras)  # noqa: E731
@@ -143,7 +155,9 @@ class _Region:
             return self.run(torch.arange(weight.shape[1], device=weight.device), tensors).mT, None
         x, extras = self._inputs(weight)
         x = x.to(weight.device)
-        whole, bias = self.run(x, tensors, extras), self.run(torch.zeros_like(x), tensors, extras)
+        is_linear = self.operation.kind == "linear"
+        zeros = torch.zeros_like(x[..., :1, :] if is_linear else x)
+        whole, bias = self.run(x, tensors, extras, is_identity=is_linear), self.run(zeros, tensors, extras)
         delta = whole - bias
         if self.operation.kind == "experts":
             return delta.unflatten(0, (weight.shape[0], weight.shape[2])).mT, None
