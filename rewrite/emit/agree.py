@@ -14,6 +14,8 @@ from ..errors import Broken, Refused
 from ..graph import attribute, count, expression, select
 from .mutation import short_name
 
+# how much further from float64 than PyTorch another order of float32 sums may end up: 3.4 was seen (a tiny GPT-2, merged after six steps)
+ROUNDING = 4
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of the RMS of what PyTorch gives
 SMALL = 2**28  # bytes of weights up to which one thread is enough: on busy cores, waiting for others took 5 s where the work takes 20 ms
 OFFSETS = (4, -2, 1, 2, -1, 8, 3, 16, 32)
@@ -240,7 +242,7 @@ class Comparison:
         exact = [replace(case, wanted=self._wanted(case.given, double=True)) for case in cases]
         torch_is = max(difference(_numpy(e), _numpy(w)) for case, other in zip(exact, cases) for e, w in zip(case.wanted, other.wanted))
         this_is = self._worst(self._load(), exact)[0]
-        if this_is <= 2 * torch_is < 0.1:
+        if this_is <= ROUNDING * torch_is < 0.1:
             return Agreement(worst, sizes, (), (f"rounding: against float64 the error is {this_is:.1e} here and {torch_is:.1e} in PyTorch",))
         found = f"ONNX Runtime and PyTorch differ at {where}: error {worst:.1e} of the RMS"
         raise Broken(f"{self.place}: {found}. Nothing was written; please report this.")
