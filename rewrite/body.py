@@ -5,12 +5,16 @@
 
 import contextlib
 
+import sympy
 import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .errors import Refused
 from .graph import device_of, dtype_of, expression, select
+
+#: sizes at which a question about one is tried
+_SIZES = (2, 3, 4, 5, 7, 8, 16, 17, 64, 101, 4096)
 
 
 def signature(value):
@@ -63,6 +67,16 @@ def _differences(eval_graph, train_graph, place):
     return found
 
 
+def _holds_at_all_sizes(question, ranges):
+    """Is what tracing took for granted about one size true of others too? (1 aside: it broadcasts, and its strides mean nothing.)"""
+    if len(question.free_symbols) != 1:
+        return True
+    (symbol,) = question.free_symbols
+    limits = ranges.get(symbol)
+    sizes = [size for size in _SIZES if limits is None or limits.lower <= size <= limits.upper]
+    return all(question.xreplace({symbol: sympy.Integer(size)}) != sympy.false for size in sizes)
+
+
 class Body:
     """A traced body: `graph` with one placeholder per value given, in order; `flags` are the arguments that depend on training."""
 
@@ -71,6 +85,8 @@ class Body:
 
         Raises Refused with `place` for what cannot be traced or does not fit (a wrong shape).
         """
+        env = fake_mode.shape_env
+        known, ranges = (len(env.guards), dict(env.var_to_range)) if env is not None else (0, {})
         try:
             with _no_custom_backward(place):
                 self.graph = _trace(lambda *v: function(*v, training=False), values, fake_mode)
@@ -79,6 +95,10 @@ class Body:
             raise
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise Refused(f"{place}: the body does not fit here: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+        asked = [guard.expr for guard in env.guards[known:]] if env is not None else ()
+        lost = next((question for question in asked if not _holds_at_all_sizes(question, ranges)), None)
+        if lost is not None:
+            raise Refused(f"{place}: the body was followed where {lost}, and batch and length vary from call to call. Write it for all sizes.")
         constants = [n.target for n in self.graph.nodes if n.op == "get_attr"]
         if constants:
             raise Refused(f"{place}: the body makes tensor constants ({', '.join(constants)}); give them as new tensors in `params`.")
@@ -95,19 +115,20 @@ class Body:
         Returns (the node or tuple that carries the result, the set of new nodes). Every new node gets a copy of `meta` beside its own value.
         """
         env, source, own = {}, iter(inputs), set()
-        first = next(n for n in inputs if isinstance(n, fx.Node) and isinstance(n.meta.get("val"), torch.Tensor))
+        tensors = [n for n in inputs if isinstance(n.meta.get("val"), torch.Tensor)]
+        own_dtype = next((n for n in tensors if n.meta["val"].dtype is self.marker), None)
 
         def made(node, value):
             node.meta = {**meta, "val": value}
             own.add(node)
             return node
 
-        def live(value, anchor):
-            # dtype and device of the value at hand, as capture does it
-            if value is self.marker and value is not None:
-                return made(target.call_function(dtype_of, (anchor,)), None)
+        def live(value):
+            # dtype and device of the value at hand, as capture does it; the dtype of one that has the model's own, not of ids or an upcast
+            if value is self.marker and own_dtype is not None:
+                return made(target.call_function(dtype_of, (own_dtype,)), None)
             if isinstance(value, torch.device):
-                return made(target.call_function(device_of, (anchor,)), None)
+                return made(target.call_function(device_of, (tensors[0],)), None)
             return value
 
         for node in self.graph.nodes:
@@ -119,9 +140,9 @@ class Body:
                 for at, where, value in self.flags:
                     if at is node:
                         holder = args if isinstance(where, int) else kwargs
-                        holder[where] = flag() if (value, holder[where]) == (True, False) else made(target.call_function(select, (flag(), value, holder[where])), None)
-                args = [live(a, first) for a in args]
-                kwargs = {k: live(a, first) for k, a in kwargs.items()}
+                        holder[where] = flag() if value is True and holder[where] is False else made(target.call_function(select, (flag(), value, holder[where])), None)
+                args = [live(a) for a in args]
+                kwargs = {k: live(a) for k, a in kwargs.items()}
                 env[node] = made(target.create_node("call_function", node.target, tuple(args), kwargs), node.meta.get("val"))
             elif node.op == "output":
                 result = fx.node.map_arg(node.args[0], lambda n: env[n])

@@ -1,7 +1,5 @@
 """How nouns become nodes: the graph while one pass works on it."""
 
-import contextlib
-import hashlib
 import math
 
 import torch
@@ -9,17 +7,19 @@ from torch import fx, nn
 
 from . import graph as g
 from .body import Body, signature
-from .contract import FACTS, FUNCTIONS, REPLACES, Frozen, has_default, wants
+from .contract import FACTS, FUNCTIONS, REPLACES, has_default, wants
 from .errors import Refused
 from .operation import Operation
+from .region import Region, between
+from .tensors import FAILURES, NewTensors
 
-
+_LACKING = {"x": "x of its own", "w": "weight", "y": "y of its own"}
 _ADDS = (torch.ops.aten.add.Tensor,)
 _NORMS = (torch.ops.aten.layer_norm.default, torch.ops.aten.rms_norm.default)
 
 
 class Edit:
-    """The graph while one pass works on it: reads live handles, makes tensors, pastes bodies. One per graph and step.
+    """The graph while one pass works on it: reads live handles, pastes bodies, lets tensors train. One per graph and step.
 
     graphs: all variants, the main one first. step: `Step` of the spec. seed: of the spec. report: what the passes made and let train, shared by
     all variants of a model. memo: traced bodies and what steps remember from one variant to the next, shared likewise. `restructured` is set
@@ -32,8 +32,7 @@ class Edit:
         self.kind = step.method.rpartition(".")[2]
         self.by_name = {node.name: node for node in graph.nodes}
         self.attributes = {node.target: node for node in graph.nodes if node.op == "get_attr"}
-        self.top = next((n for n in graph.nodes if n.op not in ("placeholder", "get_attr")), None)
-        self.fake_mode = graph.fake_mode
+        self.fake_mode, self._top = graph.fake_mode, None
         # the graph's fake values stand for the real ones under another dtype (capture's marker) and, for models on meta, another device
         self.dtypes, self.devices = {}, {}
         for path, node in self.attributes.items():
@@ -42,6 +41,7 @@ class Edit:
                 real = g.attribute(graph.root, path)
                 self.dtypes.setdefault(real.dtype, value.dtype)
                 self.devices.setdefault(real.device, value.device)
+        self.new = NewTensors(self)
 
     # ---- reading ------------------------------------------------------------------------------------------------------
     def live(self, node):
@@ -54,8 +54,8 @@ class Edit:
         """The live node of a handle of a site, or None."""
         operation = self.operation(site)
         if operation is None or name not in ("x", "w", "b", "y"):
-            replaced = site.node.meta.get("handles", {}).get(name)
-            return self.live(self.by_name[replaced] if replaced else site.handles.get(name))
+            replaced = self.by_name.get(site.node.meta.get("handles", {}).get((site.role, name)))
+            return self.live(replaced if replaced is not None else site.handles.get(name))
         if name == "y":
             return self.live(operation.node)
         if name == "w":
@@ -78,9 +78,10 @@ class Edit:
         for name in names:
             if name not in known:
                 raise Refused(f"{self.kind} at {site.path}: {method.__name__}() asks for {name!r}; it may ask for {', '.join(known)}.")
-        return {name: self._given(site, name) for name in names}
+        return {name: self.value(site, name) for name in names}
 
-    def _given(self, site, name):
+    def value(self, site, name):
+        """One of the things of `given`."""
         operation = self.operation(site)
         if name == "norm":
             return self.norm_after(site)
@@ -91,7 +92,7 @@ class Edit:
         if name == "fan_in":
             if operation is None:
                 return None
-            return 1 if operation.kind == "embedding" else math.prod(self._given(site, "w").shape[1 if operation.kind == "conv" else -1 :])
+            return 1 if operation.kind == "embedding" else math.prod(self.value(site, "w").shape[1 if operation.kind == "conv" else -1 :])
         if operation is not None and name in ("w", "b"):
             path = operation.weight if name == "w" else operation.bias
             if path is None:
@@ -112,7 +113,7 @@ class Edit:
 
     def norm_after(self, site):
         """The residual add and the norm that follow a sub-layer's output, as a region that can be run again; None where there are none."""
-        start = site.handles.get("y")
+        start = self.handle(site, "y")
         add = next((n for n in start.users if n.target in _ADDS and "made" not in n.meta), None) if start is not None else None
         norm = next((n for n in add.users if n.target in _NORMS), None) if add is not None and len(add.users) == 1 else None
         return Region((add, norm), start) if norm is not None else None
@@ -124,107 +125,35 @@ class Edit:
         asked = {name for noun in options.nouns() for name in wants(getattr(options, noun))}
         if {"op", "mix"} & asked:
             if operation is None:
-                return f"a {site.role} has no operation on a weight"
+                return "it has no operation on a weight that can be run again on another one"
             if operation.is_grouped:
                 return "its convolution has groups: the rows of another weight would not see all of x"
         if rows is not None and rows.listed is not None:
             return f"its {len(rows)} rows of the fused projection follow no regular pattern"
         if rows is not None and self._trained(site) and self._covered(site, sites) < rows.total:
             return "its bias is one tensor for the whole fused projection: name all of its parts, for example attention.{q,k,v}"
-        return options.refuse(**self.given(site, options.refuse))
+        lacking = next((n for n in wants(options.params) if n in _LACKING and self.value(site, n) is None), None)
+        if lacking is not None:
+            return f"it has no {_LACKING[lacking]}"
+        try:
+            return options.refuse(**self.given(site, options.refuse))
+        except FAILURES as error:
+            raise Refused(f"{self.kind} at {site.path}: refuse() fails here: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
 
     def _trained(self, site):
         return self.step.options.trains(**self.given(site, self.step.options.trains))
 
     def _covered(self, site, sites):
-        """How many rows of the site's fused projection the chosen sites cover together."""
-        return sum(len(other.layout.rows) for other in sites if other.operation is site.operation and other.layout.rows is not None)
+        """How many rows of the site's fused weight the chosen sites cover together."""
+        return sum(len(rows) for other in sites if (other.weight, other.call) == (site.weight, site.call) and (rows := other.layout.rows or other.layout.stored) is not None)
 
-    # ---- new tensors ----------------------------------------------------------------------------------------------------
-    def path(self, site, name):
-        """Where a new tensor of this step lives: `….v_proj.lora.default.down`, with the site's label before the name where it has one."""
-        return ".".join(part for part in (site.owner, self.kind, self.step.name, site.label, name) if part)
-
-    def params(self, site):
-        """The new tensors of a site, name → path on the tree; made under a generator seeded by (spec seed, site path), or found there."""
-        base = self.path(site, "")
-        known = self.memo.get(("names", self.step.place, base))
-        if known is not None:
-            return known  # made for another variant, or for another call of the same module
-        operation = self.operation(site)
-        given = self.given(site, self.step.options.params)
-        if all(v.is_meta for v in given.values() if isinstance(v, torch.Tensor)):
-            # no values to make: the shapes of one site serve all alike
-            key = ("params", self.step.options, operation and operation.kind, tuple((n, tuple(v.shape), v.dtype) if isinstance(v, torch.Tensor) else (n, v) for n, v in given.items()))
-            template = self.memo.get(key) or self.memo.setdefault(key, self._new(site, given))
-            new = {name: Frozen(torch.empty_like(v.tensor)) if isinstance(v, Frozen) else torch.empty_like(v) for name, v in template.items()}
-        else:
-            with self._seeded(base):
-                new = self._new(site, given)
-        paths = {}
-        for name, value in new.items():
-            paths[name] = self._install(f"{base}.{name}", value)
-        self.memo["names", self.step.place, base] = paths
-        return paths
-
-    def share(self, sites):
-        """The tensors that all sites of the step share, name → path: made once, on the root of the tree."""
-        options, base = self.step.options, f"{self.kind}.{self.step.name}"
-        key = ("shared", self.step.place, base)
-        if key not in self.memo:
-            with self._seeded(base):
-                new = self._checked(options.shared([Seen(self, site) for site in sites]), f"{self.kind}: shared()")
-            self.memo[key] = {name: self._install(f"{base}.{name}", value) for name, value in new.items()}
-        return self.memo[key]
-
-    def _install(self, path, value):
-        self._free(path)
-        g.install(self.graph.root, path, value.tensor if isinstance(value, Frozen) else nn.Parameter(value))
-        self.made[path] = self.kind
-        return path
-
-    def _seeded(self, place):
-        """A generator of its own for each place, so that a spec gives the same tensors whatever else is in it."""
-        number = int.from_bytes(hashlib.blake2b(f"{self.seed}/{place}".encode(), digest_size=8).digest(), "little") >> 1
-        stack = contextlib.ExitStack()
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        torch.manual_seed(number)
-        return stack
-
-    def _new(self, site, given):
-        """What `params` gives; where the site has experts it is asked once for each, and the answers are stacked."""
-        operation, params = self.operation(site), self.step.options.params
-        if operation is None or operation.kind != "experts" or given.get("w") is None:
-            return self._checked(params(**given), f"{self.kind} at {site.path}: params()")
-        each = [self._checked(params(**{**given, "w": w}), f"{self.kind} at {site.path}: params()") for w in given["w"]]
-        stack = lambda v: Frozen(torch.stack([one.tensor for one in v])) if isinstance(v[0], Frozen) else torch.stack(v)  # noqa: E731
-        return {name: stack([one[name] for one in each]) for name in each[0]}
-
-    def _checked(self, new, place):
-        """The answer of a pass, name → new tensor; Refused in words for anything else."""
-        nouns = self.step.options.nouns()
-        asked = {name for noun in nouns for name in wants(getattr(self.step.options, noun))}
-        if not isinstance(new, dict):
-            raise Refused(f"{place} must return a dict of names and tensors, not {type(new).__name__}.")
-        for name, value in new.items():
-            tensor = value.tensor if isinstance(value, Frozen) else value
-            if not isinstance(tensor, torch.Tensor):
-                raise Refused(f"{place} gives {type(tensor).__name__} for {name!r}: give a tensor, or frozen(tensor).")
-            if tensor is value and not (tensor.is_floating_point() or tensor.is_complex()):
-                raise Refused(f"{place} gives {name!r} as {tensor.dtype}, which cannot be trained: give frozen(tensor).")
-            if nouns and name not in asked:
-                raise Refused(f"{place} gives {name!r}, and no noun asks for it.")
-        return new
-
-    def _free(self, path):
-        module = self.graph.root
-        for name in path.split("."):
-            child = getattr(module, name, None)
-            if child is None:
-                return
-            if not isinstance(child, nn.Module):
-                raise Refused(f"{self.kind} at {path}: the model has a tensor or attribute of that name. Give the pass another \"name\".")
-            module = child
+    # ---- nodes ----------------------------------------------------------------------------------------------------------
+    @property
+    def top(self):
+        """The first node that computes; found anew when a merge has taken it away."""
+        if self._top is None or self._top._erased:
+            self._top = next(n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr"))
+        return self._top
 
     def attribute(self, path):
         """The get_attr node of a path, at the top of the graph; made where there is none."""
@@ -250,12 +179,16 @@ class Edit:
     def apply(self, site, shared):
         """All nouns of the pass at one site; `shared` is what `share` gave."""
         options = self.step.options
-        paths = {**shared, **self.params(site)}
+        own = self.new.of(site)
+        paths = {**shared, **own}
         for name in self._trained(site):
             operation = self.operation(site)
             self.train(operation.weight if operation and name == "w" else operation.bias if operation and name == "b" else site.handles[name].target)
         for noun in options.nouns():
             self._noun(site, noun, paths)
+        for name, path in own.items():
+            if not (path in self.attributes and self.attributes[path].users):
+                raise Refused(f"{self.kind} at {site.name}: params() gives {name!r}, and no noun reads it at this site.")
 
     def train(self, path):
         """Let a base tensor train: on a copy of its own, so that the model given stays as it is (unless it was donated)."""
@@ -279,15 +212,22 @@ class Edit:
 
         Refused for a part of a fused projection whose other parts are not among `sites`: its weight is one tensor.
         """
-        rows = site.layout.rows
+        rows = site.layout.rows or site.layout.stored
         if rows is not None and self._covered(site, sites) < rows.total:
             raise Refused(f"{self.step.place}: {self.kind} at {site.name}: its weight is one tensor for the whole fused projection. Name all of its parts, for example attention.{{q,k,v}}.")
         if site.role == "model":
             return [name for name, _ in self.graph.root.named_parameters()]
-        start, end = self.handle(site, "x"), self.handle(site, "y")
-        read = {n for node in between(start, end) for n in (node, *node.all_input_nodes) if n.op == "get_attr"}
+        starts = [self.handle(site, name) for name in site.handles if name not in ("w", "b", "y")]
+        inside = between([n for n in starts if n is not None], self.handle(site, "y"))
+        read = {n for node in inside for n in (node, *node.all_input_nodes) if n.op == "get_attr"}
         paths = [n.target for n in self.graph.nodes if n in read]
-        return [path for path in paths if isinstance(g.attribute(self.graph.root, path), nn.Parameter)]
+        paths = [path for path in paths if isinstance(g.attribute(self.graph.root, path), nn.Parameter)]
+        for node in inside:
+            if node.op == "call_module":
+                paths += [f"{node.target}.{name}" for name, _ in g.attribute(self.graph.root, node.target).named_parameters()]
+        if not paths:
+            raise Refused(f"{self.step.place}: {self.kind} at {site.name}: no parameter lies between its inputs and its output. Name the sites that have some.")
+        return paths
 
     def _noun(self, site, noun, paths):
         options, place = self.step.options, f"{self.kind} at {site.path}"
@@ -312,15 +252,17 @@ class Edit:
         extras = operation.extras if operation is not None and {"op", "mix"} & set(asked) else ()
         after = self.norm_after(site) if "norm" in asked else None
         extras += after.reads if after is not None else ()
-        facts = {name: self._given(site, name) for name in FACTS if name in asked}
+        facts = {name: self.value(site, name) for name in FACTS if name in asked}
         names = [name for name, node in nodes.items() if node is not None]
         inputs = [*(nodes[name] for name in names), *extras]
         values = [node.meta["val"] for node in inputs]
-        key = (options, noun, site.layout.rows, tuple(names), tuple(map(signature, values)), operation and operation.static, after and after.static, tuple(facts.items()))
+        key = (self.step.place, noun, site.layout.rows, tuple(names), tuple(absent), tuple(map(signature, values)), operation and operation.static, after and after.static, tuple(facts.items()))
         body = self.memo.get(key)
         if body is None:
             body = self.memo[key] = self._trace(site, function, [name for name in asked if name not in absent], target, names, extras, values, facts, after, place)
         current = nodes[target]
+        if not current.users:
+            raise Refused(f"{place}: nothing reads the value that {noun}() would replace.")
         flag = lambda: self.attribute(".".join(p for p in (site.owner, "training") if p))  # noqa: E731
         anchor = max([n for n in (current, *inputs) if n.op not in ("get_attr", "placeholder")], default=None)
         # a weight's new value goes right before what reads it there, anything else right after the last thing that it needs
@@ -380,62 +322,20 @@ class Edit:
         return -2 if operation is not None and operation.kind == "experts" and name == "w" else 0
 
     def _replace(self, site, target, current, new, own):
+        operation, inside = self.operation(site), None
+        if target != "y":
+            inside = {operation.node, *operation.chain} if operation is not None and target != "x" else between([current], self.handle(site, "y"))
+        users = [user for user in current.users if user not in own and (inside is None or user in inside)]
+        if any(user < new for user in users):
+            raise Refused(f"{self.kind} at {site.path}: the new {target} reads what the site computes only after its {target}.")
         if target == "y":
-            inside = None
             current.meta["live"] = new.name
-        else:
-            operation = self.operation(site)
-            inside = {operation.node, *operation.chain} if operation is not None and target != "x" else between(current, self.handle(site, "y"))
-            site.node.meta["handles"] = {**site.node.meta.get("handles", {}), target: new.name}
-            if operation is not None and target in ("w", "b"):
-                new.meta["stands_for"] = operation.weight if target == "w" else operation.bias
-        for user in list(current.users):
-            if user not in own and (inside is None or user in inside):
-                user.replace_input_with(current, new)
-
-
-class Seen:
-    """A site as `shared` sees it: `.path`, and `.w`, `.x`, `.index`, … as `params` would be given them."""
-
-    def __init__(self, edit, site):
-        self._edit, self._site, self.path = edit, site, site.path
-
-    def __getattr__(self, name):
-        return self._edit._given(self._site, name)
-
-
-class Region:
-    """Some nodes of the graph in order, as a function of one value (`start`) that can be run again on another."""
-
-    def __init__(self, nodes, start):
-        self.nodes, self.start = nodes, start
-        self.reads = tuple(dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in nodes and n is not start))
-
-    @property
-    def static(self):
-        """What a traced body holds of it as constants, hashable."""
-        at = {n: f"%{i}" for i, n in enumerate((self.start, *self.reads, *self.nodes))}
-        return tuple((n.target, repr(fx.node.map_arg((n.args, n.kwargs), lambda a: at[a]))) for n in self.nodes)
-
-    def run(self, value, known):
-        """The last node's value at `value`; `known` gives each node of `reads`."""
-        env = {**known, self.start: value}
-        for node in self.nodes:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
-            env[node] = node.target(*args, **kwargs)
-        return env[self.nodes[-1]]
-
-
-def between(start, end):
-    """The nodes on the ways from `start` to `end`, and what else `end` needs that comes after `start`."""
-    found, todo = set(), [end]
-    while todo:
-        node = todo.pop()
-        if node is start or node in found or node < start:
-            continue
-        found.add(node)
-        todo += node.all_input_nodes
-    return found
+        elif operation is None:  # by role: the result of a sub-layer is also that of its last linear
+            site.node.meta["handles"] = {**site.node.meta.get("handles", {}), (site.role, target): new.name}
+        elif target in ("w", "b"):
+            new.meta["stands_for"] = operation.weight if target == "w" else operation.bias
+        for user in users:
+            user.replace_input_with(current, new)
 
 
 def names_of(root, parameter):

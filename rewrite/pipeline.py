@@ -109,7 +109,7 @@ def run(edit, found):
         raise Refused(_refusals(step, refused, len(sites)))
     declined = {site for site, _ in refused}
     done = [site for site in sites if site not in declined]
-    shared = edit.share(done)
+    shared = edit.new.shared(done)
     for site in done:
         edit.apply(site, shared)
     return tuple((site.name, site.role) for site in done), tuple((site.name, reason) for site, reason in refused)

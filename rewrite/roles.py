@@ -4,6 +4,8 @@ Affine ops on weights, norms and attention cannot be mistaken; residual adds are
 from what lies between them (attention.py, branches.py). What is not recognised is still a "linear".
 """
 
+from dataclasses import replace
+
 from .affine import find_affine, union
 from .attention import find_attention, find_projections
 from .branches import Mlp, branches, find_residuals, find_routers, read_branch
@@ -175,7 +177,26 @@ class _Survey:
         logits = next(iter(self.heads.values()), None)
         sites.append(self._plain("model", ("model",), output, "", {**inputs, "logits": logits}))
         place = self.flow.place
+        sites = self._told_apart(sites)
         return sorted(sites, key=lambda site: (place[site.node], len(site.layout.rows or ()) != 0, site.layout.rows.start if site.layout.rows else 0))
+
+    def _told_apart(self, sites):
+        """Sites that one module owns several of (the two residual adds of a block) get labels: their sub-layer's name, else their number."""
+        sublayers = {y: role.partition(".")[0] for role, _, y, _ in self.regions}
+        groups = {}
+        for site in sites:
+            if not site.label and site.weight is None:
+                kind = "sublayer" if site.role in ("attention.block", "mlp", "mixer") else site.role
+                groups.setdefault((site.owner, site.call, kind), []).append(site)
+        labels = {}
+        for group in groups.values():
+            group.sort(key=lambda site: self.flow.place[site.node])
+            names = [sublayers.get(site.handles["branch"] if site.role == "residual" else site.node) for site in group]
+            if len(group) > 1 and (None in names or len(set(names)) < len(group)):
+                names = [str(number) for number in range(len(group))]
+            if len(group) > 1:
+                labels.update(zip(group, names))
+        return [replace(site, label=labels[site]) if site in labels else site for site in sites]
 
     def _plain(self, role, roles, node, path, handles, **more):
         block, index = self._block_of(path, node)
