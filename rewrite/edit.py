@@ -256,7 +256,7 @@ class Edit:
         names = [name for name, node in nodes.items() if node is not None]
         inputs = [*(nodes[name] for name in names), *extras]
         values = [node.meta["val"] for node in inputs]
-        key = (self.step.place, noun, site.layout.rows, tuple(names), tuple(absent), tuple(map(signature, values)), operation and operation.static, after and after.static, tuple(facts.items()))
+        key = (self.step.place, self.fake_mode, noun, site.layout.rows, tuple(names), tuple(absent), tuple(map(signature, values)), operation and operation.static, after and after.static, tuple(facts.items()))
         body = self.memo.get(key)
         if body is None:
             body = self.memo[key] = self._trace(site, function, [name for name in asked if name not in absent], target, names, extras, values, facts, after, place)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from checks import Written, close, rejects, rounding, tensor_of
+from models import captured
 from torch import nn
 
 from rewrite import Pass, Refused, Spec, capture, pipeline, rewrite
@@ -291,3 +292,12 @@ def test_sites_without_one_input_or_without_parameters(written):
     for step in ({"pass": "ssf", "where": "norm"}, {"pass": "bitfit", "where": "norm", "create": True}):
         with pytest.raises(Refused, match="at norm: it has no weight"):
             applied(graph, step)
+
+
+def test_each_variant_has_fake_values_of_its_own():
+    """A body is traced for each variant: sizes of another one belong to other symbols."""
+    graph, _ = applied(captured("llama"), {"pass": "lora", "where": "attention.q", "rank": 2})
+    assert len(graph.all()) == 2
+    for part in graph.all():
+        values = [n.meta.get("val") for n in part.nodes]
+        assert all(value.fake_mode is part.fake_mode for value in values if isinstance(value, torch.Tensor)), part.name
