@@ -124,7 +124,7 @@ def signature_kept(graph, record):
 
 def no_orphans(graph, record):
     """Every new tensor is read by some variant of the graph."""
-    used = {node.target for part in record.graphs for node in part.nodes if node.op == "get_attr"}
+    used = {node.target for part in record.graphs for node in part.nodes if node.op == "get_attr" and node.users}
     for path in record.report.made:
         if path not in used:
             return f"@{path} was made, and nothing reads it"
@@ -144,6 +144,8 @@ def grads_declared(graph, record):
         declared = path in record.report.made or path in record.report.trains
         if parameter.requires_grad and not declared:
             return f"@{path} would train, and no pass said so"
+        if path in record.report.trains and not parameter.requires_grad:
+            return f"a pass said that @{path} trains, and it does not"
 
 
 INVARIANTS = (lint, canonical, constants_exist, shapes_agree, signature_kept, no_orphans, aliases_kept, grads_declared)
