@@ -25,7 +25,7 @@ class Merge(Pass):
     shown_after = ({"pass": "lora", "where": "attention.{q,v}", "rank": 4},)
 
     def requires(self, graph):
-        if not any("made" in node.meta for node in graph.nodes):
+        if not any("made" in node.meta for part in graph.all() for node in part.nodes):
             return "no pass before it has added anything. Put it after the pass whose work is to be merged."
 
     def apply(self, edit, sites):

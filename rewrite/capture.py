@@ -5,6 +5,7 @@
 Each call is run twice on fake tensors, differently in everything that must not be baked in (mode, dtype, sizes, seeds), and aligned.
 """
 
+import inspect
 import operator
 from collections import Counter
 from dataclasses import replace
@@ -21,7 +22,7 @@ from .reads import Merge, read_devices
 from .signature import sign
 from .tidy import named_arguments, set_argument, tidy
 from .trace import CannotTrace, trace
-from .variants import variants
+from .variants import Variant, variants
 
 _ATTEMPTS = 24
 
@@ -41,13 +42,14 @@ def capture(model, example=None, *, generation=True):
             "Load the model without a device map, or take them off first: accelerate.hooks.remove_hook_from_module(model, recurse=True)."
         )
     root = clone_tree(model)
-    graphs, opaque, trees, captured = [], {}, {}, []
+    graphs, opaque, trees, captured, inner = [], {}, {}, [], {}
     for variant in variants(model, example)[: None if generation else 1]:
         main = graphs[0] if graphs else None
         try:
             work = _Capture(model, root, variant, opaque, main)
             graphs.append(work.graph())
             trees[variant.name] = work.tree
+            inner |= work.inner
             captured.append(work.variant)
         except Refused as reason:
             if main is None:
@@ -55,7 +57,25 @@ def capture(model, example=None, *, generation=True):
             main.notes.append(f"no variant {variant.name!r}: {reason}")
     main = graphs[0]
     main.variants = {graph.name: graph for graph in graphs[1:]}
-    return sign(model, main, captured, trees)
+    sign(model, main, captured, trees)
+    main.variants |= {graph.name: graph for graph in _inside(model, root, main, inner)}
+    return main
+
+
+def _inside(model, root, main, inner):
+    """Graphs of the leaf modules inside those that stay one call, which call them: each a graph of its own, so that passes reach them."""
+    graphs = []
+    for path, (shape, dtype, larger) in inner.items():
+        device = next(iter(attribute(model, path).parameters())).device
+        name = next(iter(inspect.signature(attribute(model, path).forward).parameters))
+        dims = {dim: f"size_{dim}" for dim, (size, other) in enumerate(zip(shape, larger)) if size != other}
+        value = torch.zeros(shape, dtype=dtype, device=device)
+        try:
+            graph = _Capture(model, root, Variant(path, path, {name: value}, {name: dims}), {}, main).graph()
+            graphs.append(replace(graph, is_inner=True))
+        except Refused as reason:
+            main.notes.append(f"{path}, inside an opaque module, is out of reach for passes: {reason}")
+    return graphs
 
 
 class _Capture:
@@ -69,7 +89,7 @@ class _Capture:
 
     def graph(self):
         ours, alignment, theirs = self._pair()
-        self.tree = ours.tree
+        self.tree, self.inner = ours.tree, ours.inner
         Merge(alignment, self.variant.mode == "both", self.other_dtype, self.notes).apply()
         if self.variant.mode == "eval" and self.main is not None:
             _flags_by_analogy(ours.graph, self.main)

@@ -195,9 +195,10 @@ def fold(edit, *, partial=False):
     results = {edit.live(node) for node in graph.nodes if "live" in node.meta}
     regions = [_Region(edit, node, results) for node in graph.nodes if Operation.of(node) is not None and "made" not in node.meta]
     regions = [region for region in regions if region.made]
-    folding = _decided(edit, regions, partial) if edit.main else [r for r in regions if r.path in edit.memo["folding"]]
-    if edit.main:
-        edit.memo["folding"] = {region.path for region in folding}
+    decides = edit.main or graph.is_inner
+    folding = _decided(edit, regions, partial) if decides else [r for r in regions if r.path in edit.memo["folding", edit.step.place]]
+    if decides:
+        edit.memo.setdefault(("folding", edit.step.place), set()).update(region.path for region in folding)
         values = {region.path: (region, *region.evaluate()) for region in folding}
         for region, weight, bias in values.values():
             _set(edit, region, weight, bias)

@@ -69,7 +69,8 @@ class Graph:
     `fx` holds the nodes, `root` the tensors: a tree of shallow clones of the model's modules whose Parameters are new objects over
     the model's storage. `inputs` and `outputs` name the leaves, in order (`past_key_values.0.key`). `blocks` are the paths of the
     repeated modules. `checks` must hold for the inputs of each call. `opaque` maps the path of a module that stays one call to the
-    reason, `notes` are fall-backs for the report. `variants` are the other graphs over the same root.
+    reason, `notes` are fall-backs for the report. `variants` are the other graphs over the same root; one that `is_inner` is a leaf module inside
+    an opaque one, captured on its own: a part of the model that no other graph shows.
     """
 
     fx: fx.Graph
@@ -84,6 +85,7 @@ class Graph:
     notes: list[str] = field(default_factory=list)
     variants: dict[str, "Graph"] = field(default_factory=dict)
     signature: object = None
+    is_inner: bool = False
 
     @property
     def nodes(self):

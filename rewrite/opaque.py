@@ -62,6 +62,7 @@ def _outputs(tracer, path, given, spec):
     symbols = sorted({s for value in given for s in _symbols(value)} & hints.keys(), key=str)
     run = _runner(tracer, path, spec)
     first, tree = run(_sized(given, hints))
+    inner = dict(run.calls)
     shapes = [list(value.shape) if isinstance(value, torch.Tensor) else None for value in first]
     grown = [[sympy.Integer(size) for size in shape] if shape is not None else None for shape in shapes]
     for symbol in symbols:
@@ -77,6 +78,7 @@ def _outputs(tracer, path, given, spec):
                 sums[dim] += factor * (symbol - hints[symbol])
     larger = {symbol: hints[symbol] + 3 + 2 * place for place, symbol in enumerate(symbols)}
     check, _ = run(_sized(given, hints | larger)) if symbols else (first, tree)
+    tracer.inner.update((f"{path}.{name}", (*inner[name], run.calls[name][0])) for name in inner if name in run.calls)
     for sums, value in zip(grown, check):
         if sums is not None and [int(size.subs(hints | larger)) for size in map(sympy.sympify, sums)] != list(value.shape):
             raise TypeError(f"{path} returns sizes that depend on more than sums of its inputs' sizes")
@@ -108,20 +110,40 @@ def _sized(given, hints):
     ]
 
 
-def _runner(tracer, path, spec):
-    """inputs as `_sized` gives them → (flat outputs, tree); on fake tensors, from the first failure on with random ones."""
-    attempts = [_fakes, _numbers]
+class _runner:
+    """inputs as `_sized` gives them → (flat outputs, tree); on fake tensors, from the first failure on with random ones.
 
-    def run(inputs):
+    `calls`: name of a leaf module inside → (shape, dtype) of the one tensor that the last run gave it.
+    """
+
+    def __init__(self, tracer, path, spec):
+        self.tracer, self.path, self.spec = tracer, path, spec
+        self.attempts, self.calls = [_fakes, _numbers], {}
+
+    def __call__(self, inputs):
         while True:
+            self.calls = {}
             try:
-                return _alone(lambda: attempts[0](tracer, path, spec, inputs))
+                return _alone(lambda: self.attempts[0](self.tracer, self.path, self.spec, inputs, self.calls))
             except Exception:
-                if len(attempts) == 1:
+                if len(self.attempts) == 1:
                     raise
-                del attempts[0]
+                del self.attempts[0]
 
-    return run
+
+def _listen(module, calls):
+    """Note what each leaf module with parameters of its own is given, where that is one tensor."""
+
+    def hook(name):
+        def note(leaf, args, kwargs):
+            if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):
+                calls[name] = tuple(args[0].shape), args[0].dtype
+
+        return note
+
+    for name, leaf in module.named_modules():
+        if name and not leaf._modules and leaf._parameters:
+            leaf.register_forward_pre_hook(hook(name), with_kwargs=True)
 
 
 def _alone(function):
@@ -142,14 +164,14 @@ def _alone(function):
     return found["value"]
 
 
-def _fakes(tracer, path, spec, inputs):
+def _fakes(tracer, path, spec, inputs, calls):
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         module, _ = fake_tree(attribute(tracer.model, path), mode, tracer.cast)
         values = [torch.empty(value[0], dtype=value[1], device=value[2]) if isinstance(value, tuple) else value for value in inputs]
-        return _call(module, spec, values)
+        return _call(module, spec, values, calls)
 
 
-def _numbers(tracer, path, spec, inputs):
+def _numbers(tracer, path, spec, inputs, calls):
     generator = torch.Generator().manual_seed(0)
 
     def made(shape, dtype, device):
@@ -164,10 +186,11 @@ def _numbers(tracer, path, spec, inputs):
             raise TypeError(f"{path} asks for values, and its own {size:,} have none on the meta device")
         module._apply(lambda t: made(t.shape, tracer.cast(t.dtype), "cpu") if t.is_meta else t.to(tracer.cast(t.dtype)))
         values = [made(*value) if isinstance(value, tuple) else value for value in inputs]
-        return _call(module, spec, values)
+        return _call(module, spec, values, calls)
 
 
-def _call(module, spec, values):
+def _call(module, spec, values, calls):
+    _listen(module, calls)
     for part in module.modules():
         part.__dict__["training"] = False
     args, kwargs = pytree.tree_unflatten(values, spec)

@@ -12,7 +12,7 @@ from .edit import Edit
 from .emit.live import make_live
 from .errors import Refused
 from .report import Applied, Report, Size
-from .roles import roles
+from .roles import Roles, roles
 from .spec import Spec
 from .fingerprint import fingerprint
 from .verify import Record, verify
@@ -73,46 +73,53 @@ def _apply_steps(graph, steps, seed, report, donate=False):
     records = [Record.of(part, report, graphs) for part in graphs]
     found = [roles(part) for part in graphs]
     memo = {"donate": donate}
+    inner = [number for number, part in enumerate(graphs) if number == 0 or part.is_inner]
     for step in steps:
         start, before = time.perf_counter(), Size.of(graph.root)
-        restructured = []
-        for number, part in enumerate(graphs):
-            edit = Edit(part, graphs, step, seed, report, memo)
-            done = run(edit, found[number])
-            if number == 0:
-                sites, refused = done
+        reason = step.options.requires(graph)
+        if reason:
+            raise Refused(f"{step.place}: {step.method}: {reason}")
+        edits = [Edit(part, graphs, step, seed, report, memo) for part in graphs]
+        picked = _picked(step, found, inner)
+        sites, refused = _run(edits, picked, inner)
+        for number, edit in enumerate(edits):  # when all are done: the tree must have let go of what they have folded
             if edit.restructured:
-                restructured.append(number)
-        for number in restructured:  # when all are done: the tree must have let go of what they have folded
-            found[number] = roles(graphs[number])
+                found[number] = roles(edit.graph)
         for part, record in zip(graphs, records):
             verify(part, record, step.method)
         report.applied.append(Applied(step.method, step.name, step.place, sites, refused, before, Size.of(graph.root), time.perf_counter() - start))
 
 
-def run(edit, found):
-    """One step on one graph. Returns ((path, role) per site, (path, reason) per refusal)."""
-    step, options, main = edit.step, edit.step.options, edit.main
-    reason = options.requires(edit.graph)
-    if reason and main:
-        raise Refused(f"{step.place}: {step.method}: {reason}")
+def _picked(step, found, inner):
+    """The sites of a step, one list a graph. `inner`: the graphs that together are the model; the others are other calls of it."""
+    if step.where is None:
+        return [[] for _ in found]
+    default = step.options.role or "linear"
     try:
-        sites = select(found, step.where, default=options.role or "linear", strict=main) if step.where is not None else []
+        select(Roles(site for number in inner for site in found[number]), step.where, default=default)
     except Refused as error:
         raise Refused(f"{step.place}: {step.method} {error}") from None
+    return [select(part, step.where, default=default, strict=False) for part in found]
+
+
+def _run(edits, picked, inner):
+    """One step on all graphs. Returns ((path, role) per site, (path, reason) per refusal), those of the `inner` graphs."""
+    step, options = edits[0].step, edits[0].step.options
     if hasattr(options, "apply"):
-        return tuple(options.apply(edit, sites)), ()
-    refused = [(site, reason) for site in sites if (reason := edit.reason(site, sites))]
-    if refused and main and not step.allow_refusals:
-        raise Refused(_refusals(step, refused, len(sites)))
-    if main and len(refused) == len(sites):
-        raise Refused(_refusals(step, refused, len(sites)))
-    declined = {site for site, _ in refused}
-    done = [site for site in sites if site not in declined]
-    shared = edit.new.shared(done)
-    for site in done:
-        edit.apply(site, shared)
-    return tuple((site.name, site.role) for site in done), tuple((site.name, reason) for site, reason in refused)
+        done = [tuple(options.apply(edit, sites)) for edit, sites in zip(edits, picked)]
+        return tuple(site for number in inner for site in done[number]), ()
+    reasons = [[(site, edit.reason(site, sites)) for site in sites] for edit, sites in zip(edits, picked)]
+    refused = [(site, reason) for number in inner for site, reason in reasons[number] if reason]
+    total = sum(len(picked[number]) for number in inner)
+    if refused and (not step.allow_refusals or len(refused) == total):
+        raise Refused(_refusals(step, refused, total))
+    accepted = [[site for site, reason in part if not reason] for part in reasons]
+    seen = [(edit, site) for number in inner for edit, site in zip([edits[number]] * len(accepted[number]), accepted[number])]
+    shared = edits[0].new.shared(seen)
+    for edit, sites in zip(edits, accepted):
+        for site in sites:
+            edit.apply(site, shared)
+    return tuple((site.name, site.role) for _, site in seen), tuple((site.name, reason) for site, reason in refused)
 
 
 def _refusals(step, refused, total):

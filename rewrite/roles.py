@@ -27,7 +27,13 @@ def roles(model_or_graph, example=None):
         from .capture import capture
 
         graph = capture(model_or_graph, example)
-    return Roles(_Survey(graph).sites())
+    return Roles(_inner(_Survey(graph).sites()) if graph.is_inner else _Survey(graph).sites())
+
+
+def _inner(sites):
+    """The sites of a leaf module that was captured on its own: what it gives is not what the model gives."""
+    kept = [site for site in sites if site.role not in ("logits", "model")]
+    return [replace(site, role="linear", roles=("linear",)) if site.role.startswith("head") else site for site in kept]
 
 
 class _Survey:

@@ -54,11 +54,11 @@ class NewTensors:
         return {name: self._install(f"{base}.{name}", value) for name, value in self._own(new, tensors).items()}
 
     def shared(self, sites):
-        """The tensors that all sites of the step share: made once, on the root of the tree."""
+        """The tensors that all sites of the step share: made once, on the root of the tree. `sites` are pairs of an Edit and its site."""
         options, base = self.step.options, f"{self.kind}.{self.step.name}"
         key = ("shared", self.step.place, base)
         if key not in self.memo:
-            seen, place = [Seen(self.edit, site) for site in sites], f"{self.kind}: shared()"
+            seen, place = [Seen(edit, site) for edit, site in sites], f"{self.kind}: shared()"
             with self._seeded(base), _told(place):
                 new = self._checked(options.shared(seen), place)
             tensors = [v for one in seen for v in one.given if isinstance(v, torch.Tensor)]

@@ -68,6 +68,7 @@ class Trace:
 
     `constants`: path → tensor made while tracing. `tree`: how the outputs are put together. `symbols`: name → sympy symbol. `hints`:
     symbol → its size in the example. `replacements`: what tracing put in a symbol's place. `called`: paths of the modules that ran.
+    `inner`: path of a leaf inside a module that stays one call → (shape, dtype, shape at larger sizes) of what it was given.
     `filled`: sizes that depend on values and were taken not to be zero → the line that asked.
     """
 
@@ -82,6 +83,7 @@ class Trace:
     replacements: dict[sympy.Symbol, sympy.Expr]
     called: set[str]
     filled: dict[sympy.Symbol, str]
+    inner: dict[str, tuple]
 
 
 class CannotTrace(Exception):
@@ -198,7 +200,7 @@ class Tracer(PythonKeyTracer):
         self.opaque = opaque
         self.calls, self.stack, self.constants, self.called = Counter(), [], {}, set()
         self.made, self._constant_nodes = Counter(), {}
-        self.failed, self.read = None, {}
+        self.failed, self.read, self.inner = None, {}, {}
 
     def create_node(self, kind, target, args, kwargs, name=None, type_expr=None):
         make = self.graph if kind == "get_attr" else super()
@@ -341,4 +343,5 @@ def trace(model, variant, *, training=False, cast=lambda dtype: dtype, seed=0, l
         replacements=dict(env.replacements),
         called=tracer.called,
         filled=env.filled,
+        inner=tracer.inner,
     )

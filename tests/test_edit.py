@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 from checks import Written, close, rejects, rounding, tensor_of
-from models import captured
+from models import build, captured, example
 from torch import nn
 
-from rewrite import Pass, Refused, Spec, capture, pipeline, rewrite
+from rewrite import Pass, Refused, Spec, capture, merge, pipeline, rewrite
 
 EXACT = rounding(torch.float64)
 
@@ -301,3 +301,25 @@ def test_each_variant_has_fake_values_of_its_own():
     for part in graph.all():
         values = [n.meta.get("val") for n in part.nodes]
         assert all(value.fake_mode is part.fake_mode for value in values if isinstance(value, torch.Tensor)), part.name
+
+
+def test_linears_inside_an_opaque_module_are_sites():
+    """Mamba's scan keeps its mixer one call; the linears that the mixer calls are rewritten, train, and merge all the same."""
+    model, given = build("mamba"), example("mamba", 3, 9)
+    live = rewrite(model, {"passes": [{"pass": "lora", "where": "linear", "rank": 2}]})
+    sites = {path for path, _ in live.report.applied[0].sites}
+    assert {f"backbone.layers.{i}.mixer.{name}" for i in (0, 1) for name in ("in_proj", "x_proj", "out_proj")} == sites
+    with torch.no_grad():
+        wanted = model(**given, use_cache=False).logits
+        assert torch.equal(live(**given).logits, wanted)
+    trainable = [p for p in live.parameters() if p.requires_grad]
+    for parameter in trainable:
+        torch.nn.init.normal_(parameter, std=0.1)
+    live(**given, labels=given["input_ids"]).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in trainable)
+    merged = merge(live)
+    assert set(merged.state_dict()) == set(model.state_dict())
+    with torch.no_grad():
+        rewritten = live(**given).logits
+        rejects(reference=rewritten, result=wanted, drift=rounding(torch.float32))
+        close(reference=rewritten, result=merged(**given).logits, drift=rounding(torch.float32))

@@ -251,7 +251,7 @@ def test_variants_agree(family):
         if site.operation is not None and site.role not in REGIONS | {"attention.cross"}:
             wanted.setdefault((site.name, site.layout.rows), set()).add(site.roles)
     for variant in main.variants.values():
-        for site in roles(variant):
+        for site in () if variant.is_inner else roles(variant):
             if site.operation is not None and site.role not in REGIONS | {"attention.cross"}:
                 assert site.roles in wanted[site.name, site.layout.rows], (variant.name, site)
 
