@@ -179,7 +179,7 @@ def load(model, folder, passes=(), example=None):
     wrong = record["base"].differences(fingerprint(model))
     if wrong:
         shown = "\n".join(f"  {line}" for line in wrong[:5]) + (f"\n  … and {len(wrong) - 5} more" if len(wrong) > 5 else "")
-        raise Refused(f"{folder}: was saved on another base. {len(wrong)} difference{"s" if len(wrong) > 1 else ""}:\n{shown}\nLoad the base that it was trained on.")
+        raise Refused(f"{folder}: was saved on another base. {len(wrong)} difference{'s' if len(wrong) > 1 else ''}:\n{shown}\nLoad the base that it was trained on.")
     tensors = _read_tensors(folder / ADAPTER, record)
     live = rewrite(model, spec, example)
     if record["dtype"]:
