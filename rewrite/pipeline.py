@@ -11,10 +11,11 @@ from .capture import capture
 from .edit import Edit
 from .emit.live import make_live
 from .errors import Refused
+from .fingerprint import fingerprint
 from .report import Applied, Report, Size
 from .roles import Roles, roles
 from .spec import Spec
-from .fingerprint import fingerprint
+from .text import show
 from .verify import Record, verify
 from .where import select
 
@@ -80,13 +81,14 @@ def _apply_steps(graph, steps, seed, report, donate=False):
         if reason:
             raise Refused(f"{step.place}: {step.method}: {reason}")
         edits = [Edit(part, graphs, step, seed, report, memo) for part in graphs]
+        texts = [show(part) for part in graphs]  # for the picture in a Broken; 11 µs a node
         picked = _picked(step, found, inner)
         sites, refused = _run(edits, picked, inner)
         for number, edit in enumerate(edits):  # when all are done: the tree must have let go of what they have folded
             if edit.restructured:
                 found[number] = roles(edit.graph)
-        for part, record in zip(graphs, records):
-            verify(part, record, step.method)
+        for part, record, text in zip(graphs, records, texts):
+            verify(part, record, step.method, text)
         report.applied.append(Applied(step.method, step.name, step.place, sites, refused, before, Size.of(graph.root), time.perf_counter() - start))
 
 
