@@ -1,6 +1,6 @@
 """Training one live model, its learning rate chosen on the validation split while it trains.
 
-    five rates, a quarter of the steps each -> the best two, to half of them -> the best one, to the end
+    seven rates, an eighth of the steps each -> the best two, to a quarter of them -> the best one, to the end
 
 Every way is given the same rates, the same batches and the same steps, so none is tuned longer than another (successive halving, Jamieson & Talwalkar
 2016, arXiv:1502.07943). What the winner has learned when the others are dropped is kept: its run is one whole run.
@@ -20,8 +20,8 @@ from . import memory
 class Schedule:
     """rates: those tried. steps: of a whole run. batch: texts per step. warm: share of the steps in which the rate rises."""
 
-    rates: tuple[float, ...] = (2e-4, 6e-4, 2e-3, 6e-3, 2e-2)
-    steps: int = 400
+    rates: tuple[float, ...] = (2e-4, 6e-4, 2e-3, 6e-3, 2e-2, 6e-2, 2e-1)
+    steps: int = 480
     batch: int = 8
     warm: float = 0.1
     seed: int = 0
@@ -33,7 +33,7 @@ class Schedule:
 
     def rounds(self):
         """(step at which a round ends, runs that go on from there) for each round."""
-        return ((self.steps // 4, 2), (self.steps // 2, 1), (self.steps, 1))
+        return ((self.steps // 8, 2), (self.steps // 4, 1), (self.steps, 1))
 
     def work(self):
         """Steps of all runs together."""
