@@ -61,7 +61,8 @@ class Given:
             return self._tensor(tracer, place, value)
         if isinstance(value, Cache):
             own = [(part, self.slot) for part in parts(value)]
-            rest = sorted((name, id(held)) for holder in (value, *parts(value)) for name, held in vars(holder).items() if name not in ("layers", "is_updated"))
+            held = [item for holder in (value, *parts(value)) for item in vars(holder).items() if item[0] not in ("layers", "is_updated")]
+            rest = sorted((name, id(item)) for name, item in held)
             flags = dict.get(value.is_updated, self.slot) if isinstance(value, EncoderDecoderCache) else None
             return id(value), tuple(self._layer(tracer, place, number, slot_of(*slot)) for number, slot in enumerate(own)), flags, tuple(rest)
         if isinstance(value, (PretrainedConfig, nn.Module, types.FunctionType, types.BuiltinFunctionType)):
@@ -119,9 +120,8 @@ class Likeness:
         for name in _HOOKS:
             if values[name]:
                 raise Unlike("it has hooks")
-        own = tuple(
-            (name, None if (id(module), name) in self._positions else self._described(value, module)) for name, value in values.items() if name not in _OWN
-        )
+        place = lambda name: (id(module), name) in self._positions
+        own = tuple((name, None if place(name) else self._described(value, module)) for name, value in values.items() if name not in _OWN)
         tensors = tuple((name, self._stored(value, tracer)) for held in (module._parameters, module._buffers) for name, value in held.items())
         children = tuple((name, self.structure(child, tracer)) for name, child in module._modules.items() if child is not None)
         return type(module), tracer.paths.get(module) in tracer.opaque, own, tensors, children

@@ -66,10 +66,11 @@ def _operation(name):
     return lambda self, *others: function(self.used(), *map(_bare, others)), lambda self, other: function(other, self.used())
 
 
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and_", "or_", "xor", "lshift", "rshift", "neg", "abs", "eq", "ne", "lt", "le", "gt", "ge"):
+_ONE_WAY = ("neg", "abs", "eq", "ne", "lt", "le", "gt", "ge")
+for _name in (*_ONE_WAY, "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and_", "or_", "xor", "lshift", "rshift"):
     _forward, _backward = _operation(_name)
     setattr(Position, f"__{_name.strip('_')}__", _forward)
-    if _name not in ("neg", "abs", "eq", "ne", "lt", "le", "gt", "ge"):
+    if _name not in _ONE_WAY:
         setattr(Position, f"__r{_name.strip('_')}__", _backward)
 
 

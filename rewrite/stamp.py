@@ -115,7 +115,9 @@ class Recording:
     def _state(self):
         """What a call could change besides its outputs."""
         given, tracer = self.given, self.tracer
-        layers = {(number, place): [(layer, dict(vars(layer))) for layer in list.__getitem__(part.layers, slice(None))] for number, place, part in _parts(given)}
+        layers = {}
+        for number, place, part in _parts(given):
+            layers[number, place] = [(layer, dict(vars(layer))) for layer in list.__getitem__(part.layers, slice(None))]
         slots = {place: _proxy(tracer, value) for place, value in enumerate(given.leaves) if isinstance(value, torch.Tensor)}
         return {"layers": layers, "slots": slots, "random": (random.getstate(), numpy.random.get_state()[1:3])}
 
@@ -142,7 +144,8 @@ class Recording:
 
     def _constants(self, paths):
         self.constants = set(paths)
-        if any(sys.getrefcount(self.tracer.constants[path]) > 2 for path in paths):  # the tracer's, and the count's own; the next call may find others
+        # beside the tracer's and the count's own: someone holds it, and the next call may find another there
+        if any(sys.getrefcount(self.tracer.constants[path]) > 2 for path in paths):
             raise Unlike("it uses a tensor that no module of the model holds")
 
     def _results(self, result, before):

@@ -19,7 +19,7 @@ MORE = {
         transformers.Gemma3TextConfig(**DEEP, **GROUPED, **SPECIAL, sliding_window=4, layer_types=["sliding_attention", "full_attention"] * 2)
     ),
     "bart": lambda: transformers.BartForConditionalGeneration(
-        transformers.BartConfig(vocab_size=99, **{**ENC_DEC, "encoder_layers": 3, "decoder_layers": 3}, **SPECIAL, decoder_start_token_id=1, forced_eos_token_id=2)
+        transformers.BartConfig(vocab_size=99, **ENC_DEC | {"encoder_layers": 3, "decoder_layers": 3}, **SPECIAL, decoder_start_token_id=1)
     ),
     "albert": lambda: transformers.AlbertForSequenceClassification(
         transformers.AlbertConfig(**DEEP, embedding_size=12, max_position_embeddings=64, num_labels=3, hidden_dropout_prob=0.1)
@@ -29,7 +29,7 @@ MORE = {
 
 def texts(graph):
     """Each variant as text, with where each node comes from."""
-    places = lambda part: [(n.name, n.target, n.meta.get("path"), n.meta.get("call"), n.meta["val"].dtype if isinstance(n.meta.get("val"), torch.Tensor) else None) for n in part.nodes]
+    places = lambda part: [(n.name, n.target, n.meta.get("path"), n.meta.get("call"), getattr(n.meta.get("val"), "dtype", None)) for n in part.nodes]
     return {part.name: (show(part), places(part), part.checks, part.opaque) for part in graph.all()}
 
 
@@ -117,7 +117,8 @@ class Blocks(nn.Module):
 
 
 MODES = {"plain": 4, "attribute": 0}
-MODES |= dict.fromkeys(["arithmetic", "branch", "comparison", "tensor", "strange", "constant", "table", "text", "list", "global", "inplace", "view", "writes"], 0)
+MODES |= dict.fromkeys(["arithmetic", "branch", "comparison", "tensor", "strange", "constant", "table", "text"], 0)
+MODES |= dict.fromkeys(["list", "global", "inplace", "view", "writes"], 0)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -131,7 +132,8 @@ def test_what_a_block_does_besides_is_seen(mode):
     got = Run(graph)(x)
     assert len(want) == len(got) and all(torch.equal(a, b) for a, b in zip(want, got))
     assert texts(graph) == texts(capture(Blocks(mode).eval(), (torch.randn(3, 8),), stamp=False))
-    assert bool([note for note in graph.notes if "traced by itself" in note]) == (MODES[mode] == 0 and mode not in ("attribute", "list", "strange", "writes"))
+    said = MODES[mode] == 0 and mode not in ("attribute", "list", "strange", "writes")  # there no two blocks look alike, or nothing was watched
+    assert any("traced by itself" in note for note in graph.notes) == said
 
 
 def test_hooks_are_not_passed_over():
