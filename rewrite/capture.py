@@ -7,6 +7,7 @@ Each call is run twice on fake tensors, differently in everything that must not 
 
 import inspect
 import operator
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -27,12 +28,13 @@ from .variants import Variant, variants
 _ATTEMPTS = 24
 
 
-def capture(model, example=None, *, generation=True):
+def capture(model, example=None, *, generation=True, stamp=True):
     """Capture a model → its main Graph ("forward"), the others under `.variants`.
 
     model: a transformers model, or any nn.Module with `example` (a dict of arguments, or a tuple of them in order). It is not changed:
     not its mode, its config, its tensors, nor the random state of the process. generation: also capture the calls that `generate` makes
     (with a cache; the encoder alone); False spares their time where nothing will be generated.
+    stamp=False traces blocks that are alike one by one, to compare.
     Raises Refused where the outermost module cannot be captured, with the line that stood in the way.
     """
     hooked = next((name for name, module in model.named_modules() if hasattr(module, "_hf_hook")), None)
@@ -46,7 +48,7 @@ def capture(model, example=None, *, generation=True):
     for variant in variants(model, example)[: None if generation else 1]:
         main = graphs[0] if graphs else None
         try:
-            work = _Capture(model, root, variant, opaque, main)
+            work = _Capture(model, root, variant, opaque, main, stamp)
             graphs.append(work.graph())
             trees[variant.name] = work.tree
             inner |= work.inner
@@ -81,7 +83,8 @@ def _inside(model, root, main, inner):
 class _Capture:
     """One variant on its way to a Graph. `opaque` (path → reason) is shared by the variants of a model."""
 
-    def __init__(self, model, root, variant, opaque, main):
+    def __init__(self, model, root, variant, opaque, main, stamp=True):
+        self.stamp = stamp
         self.model, self.root, self.variant, self.opaque, self.main = model, root, variant, opaque, main
         self.notes = list(variant.notes)
         self.modules = dict(model.named_modules())
@@ -90,6 +93,7 @@ class _Capture:
     def graph(self):
         ours, alignment, theirs = self._pair()
         self.tree, self.inner = ours.tree, ours.inner
+        self.notes += ours.notes
         Merge(alignment, self.variant.mode == "both", self.other_dtype, self.notes).apply()
         if self.variant.mode == "eval" and self.main is not None:
             _flags_by_analogy(ours.graph, self.main)
@@ -153,7 +157,8 @@ class _Capture:
 
     def _trace(self, training, seed, dtype=None, least=False):
         cast = (lambda given: dtype if given == self.dtype else given) if dtype else (lambda given: given)
-        result = trace(self.model, self.variant, training=training, cast=cast, seed=seed, least=least, opaque=self.opaque.keys())
+        opaque = self.opaque.keys()
+        result = trace(self.model, self.variant, training=training, cast=cast, seed=seed, least=least, opaque=opaque, stamp=self.stamp)
         tidy(result.graph)
         return result
 
@@ -355,7 +360,9 @@ def in_order(graph):
             env[node] = made.placeholder(node.meta["leaf"].replace(".", "_"))
             env[node].meta = _meta(node) | {"leaf": node.meta["leaf"], "path": ""}
             continue
-        env[node] = made.node_copy(node, get)
+        given = fx.map_arg(node.args, get), fx.map_arg(node.kwargs, get)
+        name = re.sub(r"_\d+$", "", node.name) if node.op == "call_function" else None  # counted anew, without what was taken out
+        env[node] = made.create_node(node.op, node.target, *given, name=name)
         env[node].meta = _meta(node)
     return made
 

@@ -10,7 +10,7 @@ from torch import fx
 from .graph import count
 
 aten = torch.ops.aten
-_ASSERTS = {
+ASSERTS = {
     aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten._assert_async.default, aten._assert_async.msg,
     aten.sym_constrain_range.default, aten.sym_constrain_range_for_size.default,
 }  # fmt: skip
@@ -87,7 +87,7 @@ def tidy(graph):
     """Take out what a run leaves behind, in place: asserts, dead nodes, size questions, whole slices, no-op integer casts."""
     writes = {id(node): written(node) for node in graph.nodes if node.op == "call_function"}
     for node in list(graph.nodes):
-        if node.target in _ASSERTS:
+        if node.target in ASSERTS:
             graph.erase_node(node)
         elif node.target is aten.detach_.default and node.args[0].target is aten.lift_fresh_copy.default:
             node.replace_all_uses_with(node.args[0])

@@ -43,6 +43,7 @@ from .fakes import export_patches, fake_inputs, fake_tree, own_randomness
 from .graph import attribute
 from .leaves import leaves, rebuild
 from .opaque import stand_in
+from .stamp import Stamps
 
 aten = torch.ops.aten
 _CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default, aten.contiguous.default}
@@ -69,7 +70,8 @@ class Trace:
     `constants`: path → tensor made while tracing. `tree`: how the outputs are put together. `symbols`: name → sympy symbol. `hints`:
     symbol → its size in the example. `replacements`: what tracing put in a symbol's place. `called`: paths of the modules that ran.
     `inner`: path of a leaf inside a module that stays one call → (shape, dtype, shape at larger sizes) of what it was given.
-    `filled`: sizes that depend on values and were taken not to be zero → the line that asked.
+    `filled`: sizes that depend on values and were taken not to be zero → the line that asked. `stamped`: calls that were written down
+    from one like them; `notes`: why others of them were not.
     """
 
     graph: fx.Graph
@@ -84,6 +86,8 @@ class Trace:
     called: set[str]
     filled: dict[sympy.Symbol, str]
     inner: dict[str, tuple]
+    stamped: int
+    notes: list[str]
 
 
 class CannotTrace(Exception):
@@ -200,7 +204,7 @@ class Tracer(PythonKeyTracer):
         self.opaque = opaque
         self.calls, self.stack, self.constants, self.called = Counter(), [], {}, set()
         self.made, self._constant_nodes = Counter(), {}
-        self.failed, self.read, self.inner = None, {}, {}
+        self.failed, self.read, self.inner, self.stamps = None, {}, {}, None
 
     def create_node(self, kind, target, args, kwargs, name=None, type_expr=None):
         make = self.graph if kind == "get_attr" else super()
@@ -240,15 +244,18 @@ class Tracer(PythonKeyTracer):
         for path, tensor in self.constants.items():
             if tensor is value:
                 return self._constant_nodes[path]
-        owner = self.stack[-1][0] if self.stack else ""
-        path = f"{owner}.constant_{self.made[owner]}" if owner else f"constant_{self.made[owner]}"
-        self.made[owner] += 1
-        self.constants[path] = value
-        node = self.create_node("get_attr", path, (), {})
+        node = self.create_node("get_attr", "constant", (), {})
+        self.name_constant(node, value)
         with disable_proxy_modes_tracing():
             node.meta["val"] = self.fake_mode.from_tensor(value, static_shapes=True)
-        self._constant_nodes[path] = node
         return node
+
+    def name_constant(self, node, value):
+        """Give a constant the next path of the module that its node comes from."""
+        owner = node.meta["path"]
+        path = f"{owner}.constant_{self.made[owner]}" if owner else f"constant_{self.made[owner]}"
+        self.made[owner] += 1
+        node.target, self.constants[path], self._constant_nodes[path] = path, value, node
 
     def stand_in(self, module, path, args, kwargs):
         """One node for the call of a module that is left out; what cannot be handed over sends the failure to its parent."""
@@ -266,6 +273,12 @@ class Tracer(PythonKeyTracer):
         if path in self.opaque:
             self.called.add(path)
             return self.stand_in(module, path, args, kwargs)
+        if self.stamps is None:
+            return self.enter(path, forward, args, kwargs)
+        return self.stamps.call(module, path, lambda: self.enter(path, forward, args, kwargs), args, kwargs)
+
+    def enter(self, path, forward, args, kwargs):
+        """Run a module's own code."""
         call = self.calls[path]
         self.calls[path] += 1
         self.stack.append((path, call))
@@ -280,11 +293,12 @@ class Tracer(PythonKeyTracer):
             self.stack.pop()
 
 
-def trace(model, variant, *, training=False, cast=lambda dtype: dtype, seed=0, least=False, opaque=()):
+def trace(model, variant, *, training=False, cast=lambda dtype: dtype, seed=0, least=False, opaque=(), stamp=True):
     """Run the call of `variant` on fake tensors and write it down.
 
     training: the mode of every module. cast: dtype → dtype of all tensors of the model and of the inputs. least: every symbol takes its
     least size as its example. seed: of torch, numpy and random while tracing. opaque: paths of modules that stay one call.
+    stamp: calls like earlier ones are not run again, see `stamp`.
     Raises CannotTrace with the modules at work. The model is not touched.
     """
     with torch._functorch.config.patch(fake_tensor_allow_unsafe_data_ptr_access=False):
@@ -302,6 +316,7 @@ def trace(model, variant, *, training=False, cast=lambda dtype: dtype, seed=0, l
         tracer = Tracer(tree, paths, opaque)
         env.tracer, env.asked, env.filled = tracer, [], {}
         tracer.model, tracer.cast, tracer.fake_mode = model, cast, fake_mode
+        tracer.stamps = Stamps(tracer, tree) if stamp else None
         tracer.sizes = {size.node._expr: size for size in sizes.values()}
         tracer.hints = {symbol: int(size.node.hint) for symbol, size in tracer.sizes.items()}
         owner = attribute(tree, variant.owner)
@@ -327,7 +342,14 @@ def trace(model, variant, *, training=False, cast=lambda dtype: dtype, seed=0, l
             try:
                 graph = tracer.trace(wrap_key(fake_signature(run, len(fakes)), tuple(fakes), tracer, True), concrete_args=holes)
             except Exception as error:
-                raise CannotTrace(tracer.failed or [], error) from error
+                failure = CannotTrace(tracer.failed or [], error)
+                failure.__cause__ = error
+            else:
+                failure = None
+    if failure is not None and tracer.stamps is not None and tracer.stamps.watching:  # it may be the watching that failed
+        return trace(model, variant, training=training, cast=cast, seed=seed, least=least, opaque=opaque, stamp=False)
+    if failure is not None:
+        raise failure
     for node, name in zip([n for n in graph.nodes if n.op == "placeholder"], names):
         node.meta["leaf"] = name
     symbols = {name: size.node._expr for name, size in sizes.items()}
@@ -344,4 +366,6 @@ def trace(model, variant, *, training=False, cast=lambda dtype: dtype, seed=0, l
         called=tracer.called,
         filled=env.filled,
         inner=tracer.inner,
+        stamped=tracer.stamps.stamped if tracer.stamps is not None else 0,
+        notes=tracer.stamps.notes if tracer.stamps is not None else [],
     )

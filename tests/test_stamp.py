@@ -1,0 +1,144 @@
+"""Blocks that are alike are written down without being run again, and blocks that are not, or might not be, are not."""
+
+import pytest
+import torch
+import transformers
+from models import ENC_DEC, FAMILIES, GROUPED, SIZES, SPECIAL, build
+from test_capture import Run
+from torch import nn
+
+from rewrite.capture import capture
+from rewrite.text import show
+from rewrite.trace import trace
+from rewrite.variants import variants
+
+DEEP = {**SIZES, "num_hidden_layers": 4}
+MORE = {
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**DEEP, **GROUPED, **SPECIAL, attention_dropout=0.1)),
+    "gemma3": lambda: transformers.Gemma3ForCausalLM(
+        transformers.Gemma3TextConfig(**DEEP, **GROUPED, **SPECIAL, sliding_window=4, layer_types=["sliding_attention", "full_attention"] * 2)
+    ),
+    "bart": lambda: transformers.BartForConditionalGeneration(
+        transformers.BartConfig(vocab_size=99, **ENC_DEC | {"encoder_layers": 3, "decoder_layers": 3}, **SPECIAL, decoder_start_token_id=1)
+    ),
+    "albert": lambda: transformers.AlbertForSequenceClassification(
+        transformers.AlbertConfig(**DEEP, embedding_size=12, max_position_embeddings=64, num_labels=3, hidden_dropout_prob=0.1)
+    ),
+}
+
+
+def texts(graph):
+    """Each variant as text, with where each node comes from."""
+    places = lambda part: [(n.name, n.target, n.meta.get("path"), n.meta.get("call"), getattr(n.meta.get("val"), "dtype", None)) for n in part.nodes]
+    return {part.name: (show(part), places(part), part.checks, part.opaque) for part in graph.all()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stamped_graph_equals_the_traced_one(family):
+    assert texts(capture(build(family))) == texts(capture(build(family), stamp=False))
+
+
+@pytest.mark.parametrize("family", MORE)
+def test_deeper_models_too(family):
+    torch.manual_seed(0)
+    model = MORE[family]().eval()
+    assert texts(capture(model)) == texts(capture(model, stamp=False))
+
+
+def test_all_but_the_first_of_each_kind_are_stamped():
+    torch.manual_seed(0)
+    for variant in variants(MORE["llama"]().eval()):
+        assert trace(MORE["llama"]().eval(), variant).stamped == 3
+    (main,) = variants(MORE["albert"]().eval())
+    assert trace(MORE["albert"]().eval(), main).stamped == 2  # a module that is used several times is looked at from its second use on
+
+
+KEPT = []
+
+
+class Block(nn.Module):
+    """A block that may do more than its inputs and tensors say."""
+
+    def __init__(self, index, mode, table):
+        super().__init__()
+        self.index, self.mode, self.table = index, mode, table
+        self.inner = nn.Linear(8, 8)
+        if mode == "attribute":
+            self.scale = 1.0 / (index + 1)
+
+    def forward(self, x, store):
+        x = self.inner(x)
+        if self.mode == "arithmetic":
+            x = x * (self.index + 1)
+        if self.mode == "branch" and self.index % 2:
+            x = x.relu()
+        if self.mode == "comparison" and self.index == 3:
+            x = x.relu()
+        if self.mode == "tensor":
+            x = torch.mul(x, self.index + torch.tensor(0.5))
+        if self.mode == "strange":
+            x = torch.mul(x, self.index)
+        if self.mode == "table":
+            x = x * self.table[self.index]
+        if self.mode == "text":
+            x = x * len(f"{self.index:>{self.index + 1}}")
+        if self.mode == "attribute":
+            x = x * self.scale
+        if self.mode == "constant":
+            x = x * torch.tensor([1.0, 2, 3, 4, 5, 6, 7, 8])
+        if self.mode == "list":
+            store.append(x)
+        if self.mode == "global":
+            KEPT.append(x.sum())
+        if self.mode == "inplace":
+            store[0].add_(x)
+        if self.mode == "view":
+            store[0].view(-1).add_(x.reshape(-1))
+        if self.mode == "writes":
+            self.table[0] += 1
+            x = x * self.table[0]
+        return x
+
+
+class Blocks(nn.Module):
+    def __init__(self, mode):
+        super().__init__()
+        torch.manual_seed(0)
+        self.mode, table = mode, [1.0, 2.0, 3.0, 4.0, 5.0]
+        self.blocks = nn.ModuleList(Block(index, mode, table) for index in range(5))
+
+    def forward(self, x):
+        store = [torch.zeros_like(x)] if self.mode in ("inplace", "view") else []
+        KEPT.clear()
+        for block in self.blocks:
+            block.table[0] = 1.0 if block.index == 0 else block.table[0]
+            x = block(x, store)
+        return (x, *store, *KEPT)
+
+
+MODES = {"plain": 4, "attribute": 0}
+MODES |= dict.fromkeys(["arithmetic", "branch", "comparison", "tensor", "strange", "constant", "table", "text"], 0)
+MODES |= dict.fromkeys(["list", "global", "inplace", "view", "writes"], 0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_a_block_does_besides_is_seen(mode):
+    model, x = Blocks(mode).eval(), torch.randn(6, 8)
+    (variant,) = variants(model, (torch.randn(3, 8),))
+    assert trace(model, variant).stamped == MODES[mode]
+    model = Blocks(mode).eval()
+    graph = capture(model, (torch.randn(3, 8),))
+    want = model(x)
+    got = Run(graph)(x)
+    assert len(want) == len(got) and all(torch.equal(a, b) for a, b in zip(want, got))
+    assert texts(graph) == texts(capture(Blocks(mode).eval(), (torch.randn(3, 8),), stamp=False))
+    said = MODES[mode] == 0 and mode not in ("attribute", "list", "strange", "writes")  # there no two blocks look alike, or nothing was watched
+    assert any("traced by itself" in note for note in graph.notes) == said
+
+
+def test_hooks_are_not_passed_over():
+    model, seen = Blocks("plain").eval(), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda *_: seen.append(1))
+    graph = capture(model, (torch.randn(3, 8),))
+    assert len(seen) == 10 and any("hooks" in note for note in graph.notes)
