@@ -2,7 +2,7 @@
 
     python bench/capture.py [--layers 2 8 32 80] [--traced 2 8] [--runs 2]
 
-Counted is CPU time, since a machine may have other work: all of `capture(model)`, that is two runs each of the call without and the call with
+Counted is CPU time, since a machine may have other work: all of `capture(model, stamp=True)`, that is two runs each of the call without and the call with
 a cache, aligned and signed. `traced` is the same with every block traced by itself. Each number is the least of the runs. Writes
 bench/results/capture.json.
 """
@@ -70,9 +70,9 @@ def main():
     print(f"{'layers':>6} {'capture':>8} {'traced':>8} {'peft':>8}   CPU seconds")
     for layers in given.layers:
         make = lambda layers=layers: model(layers)
-        row = {"layers": layers, "capture": seconds(capture, make, given.runs), "peft": seconds(inject, make, given.runs)}
+        row = {"layers": layers, "capture": seconds(lambda fresh: capture(fresh, stamp=True), make, given.runs), "peft": seconds(inject, make, given.runs)}
         if layers in given.traced:
-            row["traced"] = seconds(lambda fresh: capture(fresh, stamp=False), make, 1)
+            row["traced"] = seconds(capture, make, 1)
         rows.append(row)
         print(f"{layers:>6} {row['capture']:>8.2f} {row.get('traced', float('nan')):>8.2f} {row['peft']:>8.2f}", flush=True)
     versions = {name: version(name) for name in ("torch", "transformers", "peft")}

@@ -35,14 +35,14 @@ def texts(graph):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_stamped_graph_equals_the_traced_one(family):
-    assert texts(capture(build(family))) == texts(capture(build(family), stamp=False))
+    assert texts(capture(build(family), stamp=True)) == texts(capture(build(family)))
 
 
 @pytest.mark.parametrize("family", MORE)
 def test_deeper_models_too(family):
     torch.manual_seed(0)
     model = MORE[family]().eval()
-    assert texts(capture(model)) == texts(capture(model, stamp=False))
+    assert texts(capture(model, stamp=True)) == texts(capture(model))
 
 
 def test_all_but_the_first_of_each_kind_are_stamped():
@@ -127,11 +127,11 @@ def test_what_a_block_does_besides_is_seen(mode):
     (variant,) = variants(model, (torch.randn(3, 8),))
     assert trace(model, variant).stamped == MODES[mode]
     model = Blocks(mode).eval()
-    graph = capture(model, (torch.randn(3, 8),))
+    graph = capture(model, (torch.randn(3, 8),), stamp=True)
     want = model(x)
     got = Run(graph)(x)
     assert len(want) == len(got) and all(torch.equal(a, b) for a, b in zip(want, got))
-    assert texts(graph) == texts(capture(Blocks(mode).eval(), (torch.randn(3, 8),), stamp=False))
+    assert texts(graph) == texts(capture(Blocks(mode).eval(), (torch.randn(3, 8),)))
     said = MODES[mode] == 0 and mode not in ("attribute", "list", "strange", "writes")  # there no two blocks look alike, or nothing was watched
     assert any("traced by itself" in note for note in graph.notes) == said
 
@@ -140,5 +140,5 @@ def test_hooks_are_not_passed_over():
     model, seen = Blocks("plain").eval(), []
     for block in model.blocks:
         block.register_forward_hook(lambda *_: seen.append(1))
-    graph = capture(model, (torch.randn(3, 8),))
+    graph = capture(model, (torch.randn(3, 8),), stamp=True)
     assert len(seen) == 10 and any("hooks" in note for note in graph.notes)
