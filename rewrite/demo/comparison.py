@@ -189,7 +189,7 @@ def _progress(console):
 
 def _trained_table(results, texts):
     title = f"trained from the same weights, tested on {texts} texts"
-    table = _table(title, "", "sites", "trainable", "accuracy before and after", "seconds (with search)", "peak memory")
+    table = _table(title, "", "sites", "trainable", "accuracy before and after", "seconds (and search)", "peak memory")
     for r in results:
         peak = f"{r.peak / 2**20:,.0f} MiB" if r.peak else "–"
         trainable, accuracy = f"{r.trainable:,} ({r.share:.2%})", f"{r.before:.1%} → [bold]{r.after:.1%}[/]"
@@ -200,16 +200,16 @@ def _trained_table(results, texts):
 def _exported_table(results):
     table = _table("exported, and run in ONNX Runtime on the same texts", "", "merged", "file", "accuracy", "largest difference of logits", "equal predictions")
     for r in results:
-        merged = r.merged if r.merged in ("yes", "nothing to merge") else "no, it stays"
+        merged = {"yes": "yes", "nothing to merge": "–"}.get(r.merged, "stays")
         table.add_row(_title(r.name), merged, f"{r.onnx_bytes / 1e6:.1f} MB", f"{r.onnx_accuracy:.1%}", f"{r.difference:.1e}", f"{r.equal:.1%}")
     return table
 
 
 def _table(title, first, *heads):
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column(first)
+    table.add_column(first, no_wrap=True)
     for head in heads:
-        table.add_column(head, justify="right")
+        table.add_column(head, justify="right", no_wrap=head == "trainable")
     return table
 
 
