@@ -166,7 +166,7 @@ def _merged(live):
     try:
         return merge(live), "yes"
     except Refused as reason:
-        return live, str(reason).splitlines()[0]
+        return live, " ".join(str(reason).splitlines()[:2])
 
 
 def _in_onnx_runtime(report, live, texts, size=64):
@@ -188,12 +188,12 @@ def _progress(console):
 
 
 def _trained_table(results, texts):
-    title = f"trained from the same weights, tested on {texts} texts"
-    table = _table(title, "", "sites", "trainable", "accuracy before and after", "seconds (and search)", "peak memory")
+    title = f"trained from the same weights, tested on {texts} texts; seconds with the search in ()"
+    table = _table(title, "", "sites", "trainable", "share", "before", "after", "seconds", "peak MiB")
     for r in results:
-        peak = f"{r.peak / 2**20:,.0f} MiB" if r.peak else "–"
-        trainable, accuracy = f"{r.trainable:,} ({r.share:.2%})", f"{r.before:.1%} → [bold]{r.after:.1%}[/]"
-        table.add_row(_title(r.name), str(sum(r.sites.values())), trainable, accuracy, f"{r.seconds:.0f} ({r.seconds_in_all:.0f})", peak)
+        peak, seconds = f"{r.peak / 2**20:,.0f}" if r.peak else "–", f"{r.seconds:.0f} ({r.seconds_in_all:.0f})"
+        row = (str(sum(r.sites.values())), f"{r.trainable:,}", f"{r.share:.2%}", f"{r.before:.1%}", f"[bold]{r.after:.1%}[/]", seconds, peak)
+        table.add_row(_title(r.name), *row)
     return table
 
 
@@ -206,10 +206,10 @@ def _exported_table(results):
 
 
 def _table(title, first, *heads):
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
     table.add_column(first, no_wrap=True)
     for head in heads:
-        table.add_column(head, justify="right", no_wrap=head == "trainable")
+        table.add_column(head, justify="right")
     return table
 
 
