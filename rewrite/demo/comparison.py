@@ -28,7 +28,7 @@ from . import corpus, encoder, training
 PLAIN, EVERY = ("unfreeze", "lora"), ("unfreeze", "lora", "adapter", "bitfit", "full")
 """Examples that the default run compares, and those of --all."""
 
-WORDS = {"unfreeze": "head alone", "lora": "LoRA", "adapter": "adapters", "bitfit": "BitFit", "full": "full fine-tuning"}
+WORDS = {"unfreeze": "head alone", "lora": "LoRA", "adapter": "adapters", "bitfit": "BitFit", "full": "full tuning"}
 
 
 @dataclass(frozen=True)
@@ -188,10 +188,10 @@ def _progress(console):
 
 
 def _trained_table(results, texts):
-    title = f"trained from the same weights, tested on {texts} texts; seconds with the search in ()"
-    table = _table(title, "", "sites", "trainable", "share", "before", "after", "seconds", "peak MiB")
+    title = f"trained from the same weights, tested on {texts} texts"
+    table = _table(title, "", "sites", "trainable", "share", "before", "after", "s (search)", "peak MiB")
     for r in results:
-        peak, seconds = f"{r.peak / 2**20:,.0f}" if r.peak else "–", f"{r.seconds:.0f} ({r.seconds_in_all:.0f})"
+        peak, seconds = f"{r.peak / 2**20:,.0f}" if r.peak else "–", f"{r.seconds:.0f} (+{r.seconds_in_all - r.seconds:.0f})"
         row = (str(sum(r.sites.values())), f"{r.trainable:,}", f"{r.share:.2%}", f"{r.before:.1%}", f"[bold]{r.after:.1%}[/]", seconds, peak)
         table.add_row(_title(r.name), *row)
     return table
