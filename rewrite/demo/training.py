@@ -1,6 +1,6 @@
 """Training one live model, its learning rate chosen on the validation split while it trains.
 
-    seven rates, an eighth of the steps each -> the best two, to a quarter of them -> the best one, to the end
+    seven rates, a tenth of the steps each -> the best two, to a fifth of them -> the best one, to the end
 
 Every way is given the same rates, the same batches and the same steps, so none is tuned longer than another (successive halving, Jamieson & Talwalkar
 2016, arXiv:1502.07943). What the winner has learned when the others are dropped is kept: its run is one whole run.
@@ -33,7 +33,7 @@ class Schedule:
 
     def rounds(self):
         """(step at which a round ends, runs that go on from there) for each round."""
-        return ((self.steps // 8, 2), (self.steps // 4, 1), (self.steps, 1))
+        return ((self.steps // 10, 2), (self.steps // 5, 1), (self.steps, 1))
 
     def work(self):
         """Steps of all runs together."""
