@@ -40,7 +40,7 @@ def pair(ours_first):
     import torch
     import transformers
 
-    from rewrite.capture import capture
+    from rewrite.capture.model import capture
 
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).eval()

@@ -9,8 +9,8 @@ from types import ModuleType
 
 _HOMES = {
     "Broken": "errors", "Pass": "contract", "Refused": "errors", "RewriteError": "errors", "Spec": "spec", "SpecError": "errors",
-    "capture": "capture", "diff": "text", "export_onnx": "emit.onnx", "export_program": "emit.program", "load": "store", "merge": "pipeline",
-    "rewrite": "pipeline", "roles": "roles", "save": "store", "show": "text", "source": "emit.live", "to_networkx": "text",
+    "capture": "capture.model", "diff": "text", "export_onnx": "emit.onnx", "export_program": "emit.program", "load": "store", "merge": "pipeline",
+    "rewrite": "pipeline", "roles": "roles.find", "save": "store", "show": "text", "source": "emit.live", "to_networkx": "text",
 }  # fmt: skip
 __all__ = list(_HOMES)
 

@@ -90,9 +90,9 @@ def apply(
 @app.command(epilog=examples("rewrite roles models/minilm", "rewrite roles llama/config.json"))
 def roles(model: Shape):
     """List what a spec's "where" can pick in a model. No weights are read."""
-    from .capture import capture
+    from .capture.model import capture
     from .pretrained import pretrained
-    from .roles import roles as find
+    from .roles.find import roles as find
 
     found = find(capture(pretrained(model, weights=False)))
     _print(found)
@@ -109,7 +109,7 @@ def show(
     from .spec import Spec
 
     parsed = Spec.parse(spec) if spec is not None else Spec()
-    from .capture import capture
+    from .capture.model import capture
     from .pipeline import apply as run
     from .pretrained import pretrained
     from .text import show as text
@@ -129,7 +129,7 @@ def plan(
     from .spec import Spec
 
     parsed = Spec.parse(spec)
-    from .capture import capture
+    from .capture.model import capture
     from .pipeline import apply as run
     from .pretrained import pretrained
     from .report import Size

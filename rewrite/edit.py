@@ -1,5 +1,6 @@
 """How nouns become nodes: the graph while one pass works on it."""
 
+import functools
 import math
 
 import torch
@@ -9,7 +10,7 @@ from . import graph as g
 from .body import Body, signature
 from .contract import FACTS, FUNCTIONS, REPLACES, has_default, wants
 from .errors import Refused
-from .operation import Operation
+from .operation import Again, Operation
 from .region import Region, between
 from .tensors import FAILURES, NewTensors
 
@@ -230,18 +231,28 @@ class Edit:
         return paths
 
     def _noun(self, site, noun, paths):
-        options, place = self.step.options, f"{self.kind} at {site.path}"
+        """One noun at one site: its value made, and put in the place of the one that it replaces."""
+        made = self.make(site, noun, paths)
+        if made is not None:
+            self._replace(site, REPLACES[noun], *made)
+
+    def make(self, site, noun, paths):
+        """The nodes of a noun's new value, which nothing reads yet: (value that it would replace, its new value, all new nodes).
+
+        None where the site has no such value, and where the body gives back what it was given.
+        """
+        options, place, target = self.step.options, f"{self.kind} at {site.path}", REPLACES[noun]
         function = getattr(options, noun)
-        target = REPLACES[noun]
         asked = wants(function)
-        operation = self.operation(site)
         if self.handle(site, target) is None:
-            return
-        nodes, absent = {}, set()
+            return None
+        nodes, functions, absent = {}, {}, set()
         for name in dict.fromkeys((target, *asked)):
             if name in paths:
                 nodes[name] = self.attribute(paths[name])
-            elif name in ("training", *FUNCTIONS, *FACTS):
+            elif name in FUNCTIONS:
+                functions[name] = self.function(site, name)
+            elif name in ("training", *FACTS):
                 continue
             elif name not in REPLACES.values() and name not in site.handles and has_default(function, name):
                 absent.add(name)
@@ -249,17 +260,18 @@ class Edit:
                 nodes[name] = self.handle(site, name)
                 if nodes[name] is None and name not in {*site.handles, "x", "w", "b", "y"}:
                     raise Refused(f"{place}: {noun}() asks for {name!r}; this site has {', '.join(site.handles)} and the new tensors {', '.join(paths) or 'none'}.")
-        extras = operation.extras if operation is not None and {"op", "mix"} & set(asked) else ()
-        after = self.norm_after(site) if "norm" in asked else None
-        extras += after.reads if after is not None else ()
+        functions = {name: f for name, f in functions.items() if f is not None}
+        extras = tuple(dict.fromkeys(node for f in functions.values() for node in f.reads))
         facts = {name: self.value(site, name) for name in FACTS if name in asked}
         names = [name for name, node in nodes.items() if node is not None]
         inputs = [*(nodes[name] for name in names), *extras]
         values = [node.meta["val"] for node in inputs]
-        key = (self.step.place, self.fake_mode, noun, site.layout.rows, tuple(names), tuple(absent), tuple(map(signature, values)), operation and operation.static, after and after.static, tuple(facts.items()))
+        operation = self.operation(site)
+        fixed = (operation and operation.static, *((name, f.static) for name, f in functions.items()), *facts.items())
+        key = (self.step.place, self.fake_mode, noun, site.layout.rows, tuple(names), tuple(absent), tuple(map(signature, values)), fixed)
         body = self.memo.get(key)
         if body is None:
-            body = self.memo[key] = self._trace(site, function, [name for name in asked if name not in absent], target, names, extras, values, facts, after, place)
+            body = self.memo[key] = self._trace(site, function, [name for name in asked if name not in absent], target, names, extras, values, facts, functions, place)
         current = nodes[target]
         if not current.users:
             raise Refused(f"{place}: nothing reads the value that {noun}() would replace.")
@@ -271,14 +283,21 @@ class Edit:
             new, own = body.paste(self.graph.fx, inputs, flag, {"path": site.owner, "made": self.kind, "role": f"made.{self.kind}", "site": site.path})
         self.by_name.update((n.name, n) for n in own)
         if new is current:
-            return  # nothing to do at this site
+            return None
         if not isinstance(new, fx.Node):
             raise Refused(f"{place}: {noun}() must return one tensor")
         if signature(new.meta["val"]) != signature(current.meta["val"]):
             raise Refused(f"{place}: {noun}() gives {_words(new)} where the model has {_words(current)}.")
-        self._replace(site, target, current, new, own)
+        return current, new, own
 
-    def _trace(self, site, function, asked, target, names, extras, values, facts, after, place):
+    def function(self, site, name):
+        """What of the site a body may run again (FUNCTIONS): something with `reads`, `static` and `run`; None where the site has none."""
+        operation = self.operation(site)
+        if name == "norm":
+            return self.norm_after(site)
+        return operation and Again(operation, name)
+
+    def _trace(self, site, function, asked, target, names, extras, values, facts, functions, place):
         operation = self.operation(site)
 
         def read(name, value):
@@ -292,13 +311,8 @@ class Edit:
             raw = dict(zip(names, tensors))
             given = {name: read(name, raw[name]) if name in raw else None for name in asked if name not in ("training", *FUNCTIONS, *FACTS)} | facts
             known = dict(zip(extras, tensors[len(names) :]))
-            functions = {
-                "op": lambda x, w: operation.again(x, w, known),
-                "mix": lambda h, m: operation.mix(h, m, known),
-                "norm": lambda y: after.run(y, known),
-                "training": training,
-            }
-            given |= {name: functions[name] for name in asked if name in functions}
+            given |= {name: functools.partial(f.run, known=known) for name, f in functions.items()}
+            given |= {name: training if name == "training" else None for name in asked if name not in given}
             new = function(**given)
             if operation is None or target not in ("w", "b", "y"):
                 return new

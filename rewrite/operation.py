@@ -177,3 +177,23 @@ class Operation:
             conv = (F.conv1d, F.conv2d, F.conv3d)[len(self.axes) - 3]
             return conv(h, m.reshape(*m.shape, *[1] * (len(self.axes) - 2)))
         return F.linear(h, m)
+
+
+@dataclass(frozen=True)
+class Again:
+    """`op` or `mix` of an Operation as a function that a body may call: what it reads of the graph, what a traced body holds of it as constants."""
+
+    operation: Operation
+    name: str
+
+    @property
+    def reads(self):
+        return self.operation.extras
+
+    @property
+    def static(self):
+        return self.operation.static
+
+    def run(self, x, w, known):
+        """`op(x, w)` or `mix(h, m)`; `known` gives each node of `reads`."""
+        return (self.operation.again if self.name == "op" else self.operation.mix)(x, w, known)

@@ -7,17 +7,17 @@ import copy
 import dataclasses
 import time
 
-from .capture import capture
+from .capture.model import capture
 from .edit import Edit
 from .emit.live import make_live
 from .errors import Refused
 from .fingerprint import fingerprint
 from .report import Applied, Report, Size
-from .roles import Roles, roles
+from .roles.find import Roles, roles
 from .spec import Spec
 from .text import show
 from .verify import Record, verify
-from .where import select
+from .roles.where import select
 
 
 def rewrite(model, spec, example=None, *, donate=False):

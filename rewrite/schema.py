@@ -4,7 +4,7 @@ import importlib
 import inspect
 
 from .options import COMMON, common, options_schema
-from .where import ROLES
+from .roles.where import ROLES
 
 SEED_LIMIT = 2**63
 _SHARED = {

@@ -25,7 +25,7 @@ from .contract import Pass
 from .errors import SpecError
 from .options import COMMON, closest, common, options_model, parse_options, said
 from .schema import SEED_LIMIT, schema
-from .where import parse as parse_where
+from .roles.where import parse as parse_where
 
 
 

@@ -61,6 +61,6 @@ def example(family, batch=2, length=7, seed=0):
 @functools.cache
 def captured(family):
     """The capture of a family's tiny model, made once per test session: to be read, not to be changed."""
-    from rewrite.capture import capture
+    from rewrite.capture.model import capture
 
     return capture(build(family))

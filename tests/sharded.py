@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 from models import build, example
 from torch.distributed.fsdp import fully_shard
 
-from rewrite.capture import capture
+from rewrite.capture.model import capture
 from rewrite.emit.live import make_live
 
 

@@ -10,11 +10,11 @@ import transformers
 from models import FAMILIES, build, captured, example
 from torch import fx, nn
 
-from rewrite.capture import capture
+from rewrite.capture.model import capture
 from rewrite.emit.unlabelled import unlabelled
 from rewrite.errors import Refused
 from rewrite.graph import HOST, attribute
-from rewrite.leaves import leaves
+from rewrite.calls.leaves import leaves
 
 SHAPES = [(2, 7), (1, 1), (3, 11), (1, 5), (2, 1)]
 

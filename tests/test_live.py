@@ -14,7 +14,7 @@ import torch
 from models import FAMILIES, build, example
 from torch import nn
 
-from rewrite.capture import capture
+from rewrite.capture.model import capture
 from rewrite.emit.live import make_live, source
 from rewrite.errors import Refused
 from rewrite.graph import install

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rewrite import merge, rewrite
-from rewrite.capture import capture
+from rewrite.capture.model import capture
 from rewrite.emit import agree, onnx, writer
 from rewrite.emit.onnx import export_onnx
 from rewrite.errors import Broken, Refused

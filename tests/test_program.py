@@ -8,7 +8,7 @@ import torch
 from models import build, example
 from torch import nn
 
-from rewrite.capture import capture
+from rewrite.capture.model import capture
 from rewrite.emit.live import make_live
 from rewrite.emit.program import export_program
 from rewrite.errors import Refused

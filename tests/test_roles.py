@@ -11,10 +11,10 @@ import transformers as T
 from torch import nn
 from torch.nn import functional as F
 
-from rewrite.capture import capture
+from rewrite.capture.model import capture
 from rewrite.graph import Graph, shape
-from rewrite.roles import Rows, roles
-from rewrite.where import ROLES
+from rewrite.roles.find import Rows, roles
+from rewrite.roles.where import ROLES
 from tests.models import FAMILIES, GROUPED, SIZES, SPECIAL, build, captured
 
 

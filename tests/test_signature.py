@@ -13,10 +13,10 @@ from signed import signed
 from transformers.cache_utils import DynamicCache, StaticCache
 from torch import nn
 
-from rewrite import caches, slots
+from rewrite.calls import caches, slots
 from rewrite.errors import Refused
-from rewrite.leaves import leaves, rebuild
-from rewrite.signature import Signature, variants
+from rewrite.calls.leaves import leaves, rebuild
+from rewrite.calls.signature import Signature, variants
 
 DECODERS = ["llama", "qwen3", "gemma3", "gpt2", "gpt_neox", "mixtral"]
 SEQ2SEQ = ["t5", "bart", "whisper"]

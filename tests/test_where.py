@@ -5,8 +5,8 @@ import re
 import pytest
 
 from rewrite.errors import Refused, SpecError
-from rewrite.roles import roles
-from rewrite.where import REGIONS, ROLES, parse, select
+from rewrite.roles.find import roles
+from rewrite.roles.where import REGIONS, ROLES, parse, select
 from tests.models import captured
 
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from rewrite.emit.onnx import export_onnx
 from rewrite.errors import Refused
 from rewrite.pipeline import merge, rewrite
-from rewrite.roles import roles
+from rewrite.roles.find import roles
 from rewrite.spec import Spec
 from rewrite.store import save
 

@@ -40,8 +40,8 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, S
 from torch.overrides import TorchFunctionMode
 
 from .fakes import export_patches, fake_inputs, fake_tree, own_randomness
-from .graph import attribute
-from .leaves import leaves, rebuild
+from ..graph import attribute
+from ..calls.leaves import leaves, rebuild
 from .opaque import stand_in
 from .stamp import Stamps
 

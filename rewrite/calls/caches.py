@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 
-from .errors import Refused
+from ..errors import Refused
 from .leaves import FullLayer
 
 

@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.utils.generic import find_labels
 
-from .errors import Refused
+from ..errors import Refused
 from .inputs import Examples, sizes_like
 from .leaves import FullLayer, leaves, rebuild
 from .learn import FAILURES, Loss, call, hidden_of, is_default, loss_of

@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from . import caches
-from .errors import Refused
-from .graph import attribute
+from ..errors import Refused
+from ..graph import attribute
 from .hidden import HiddenStates
 from .leaves import Tree, leaves, rebuild
 from .slots import CACHE, Check, Slot, checks_of, slots_of

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from .graph import clone_tree
+from ..graph import clone_tree
 from .leaves import leaves
 
 # what a model may say to arguments that it does not take

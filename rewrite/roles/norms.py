@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from .dataflow import is_float, tensors, value
-from .graph import attribute
+from ..graph import attribute
 
 # op → (weight, bias) positions
 _NORMS = {

@@ -8,8 +8,8 @@ import contextlib
 import functools
 from dataclasses import dataclass
 
-from .errors import Refused
-from .graph import attribute, path_of
+from ..errors import Refused
+from ..graph import attribute, path_of
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import operator
 
 import torch
 
-from .graph import HOST, attribute, select, shape
+from ..graph import HOST, attribute, select, shape
 
 _VIEWS = frozenset("""
     view _unsafe_view reshape transpose permute t mT numpy_T expand expand_as broadcast_to contiguous clone alias unsqueeze squeeze flatten unflatten

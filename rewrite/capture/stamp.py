@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import _ProxyTensor, get_proxy_slot, set
 from torch.utils import _pytree as pytree
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from .graph import HOST
+from ..graph import HOST
 from .likeness import PLAIN, Given, Likeness, Unlike, slot_of
 from .positions import parts, watched
 from .tidy import ASSERTS, has_effect, written

@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from .align import Cast, Misaligned
-from .graph import HOST, count, device_of, dtype_of, least, select
+from ..graph import HOST, count, device_of, dtype_of, least, select
 from .tidy import named_arguments, set_argument
 
 aten = torch.ops.aten

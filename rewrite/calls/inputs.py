@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import Refused
+from ..errors import Refused
 
 PRIMES = (3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
 CACHES = ("past_key_values", "cache_params")

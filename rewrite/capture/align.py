@@ -16,7 +16,7 @@ import sympy
 import torch
 from torch import fx
 
-from .graph import expression
+from ..graph import expression
 from .tidy import has_effect, is_size, named_arguments  # noqa: F401
 
 aten = torch.ops.aten

@@ -7,7 +7,7 @@ import sympy
 import torch
 from torch import fx
 
-from .graph import count
+from ..graph import count
 
 aten = torch.ops.aten
 ASSERTS = {

@@ -12,7 +12,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
-from .graph import _shallow
+from ..graph import _shallow
 
 
 class Symbols:
@@ -64,7 +64,7 @@ def _device(tensor):
 
 def fake_tree(model, fake_mode, cast):
     """Shallow clones of a model's modules that hold fake tensors (`cast`: dtype → dtype) → (tree, {id(fake): path})."""
-    from .graph import _shallow, own_configs
+    from ..graph import _shallow, own_configs
 
     fakes, paths, modules = {}, {}, {}
 

@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
-from .errors import Refused, SpecError
+from ..errors import Refused, SpecError
 from .site import Roles, Site
 
 WEIGHTS = tuple("""

@@ -10,7 +10,7 @@ from .affine import find_affine, union
 from .attention import find_attention, find_projections
 from .branches import Mlp, branches, find_residuals, find_routers, read_branch
 from .dataflow import Flow, is_float, tensors, value
-from .graph import Graph, attribute, path_of
+from ..graph import Graph, attribute, path_of
 from .norms import find_norms
 from .site import Layout, Roles, Rows, Site
 
@@ -24,7 +24,7 @@ def roles(model_or_graph, example=None):
     if isinstance(model_or_graph, Graph):
         graph = model_or_graph
     else:
-        from .capture import capture
+        from ..capture.model import capture
 
         graph = capture(model_or_graph, example)
     return Roles(_inner(_Survey(graph).sites()) if graph.is_inner else _Survey(graph).sites())

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from .dataflow import is_float, tensors, value
-from .graph import attribute, expression
+from ..graph import attribute, expression
 from .site import Rows
 
 # op → (x, w, b) positions in args; None where the op has none

@@ -17,13 +17,13 @@ from torch import fx, nn
 
 
 from .align import Alignment, Misaligned
-from .errors import Refused
-from .graph import Check, Graph, attribute, clone_tree, has_attribute, install, select
+from ..errors import Refused
+from ..graph import Check, Graph, attribute, clone_tree, has_attribute, install, select
 from .reads import Merge, read_devices
-from .signature import sign
+from ..calls.signature import sign
 from .tidy import named_arguments, set_argument, tidy
 from .trace import CannotTrace, trace
-from .variants import Variant, variants
+from ..calls.variants import Variant, variants
 
 _ATTEMPTS = 24
 

@@ -8,8 +8,8 @@ import torch
 from torch.utils._sympy.functions import Min
 from torch.utils._sympy.printers import PythonPrinter
 
-from .errors import Refused
-from .graph import expression
+from ..errors import Refused
+from ..graph import expression
 from .leaves import leaves
 
 CACHE = "past_key_values"
