@@ -11,6 +11,7 @@ import contextlib
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import sympy
 import torch
@@ -49,7 +50,7 @@ aten = torch.ops.aten
 _CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default, aten.contiguous.default}
 _DTYPE = torch.Tensor.dtype.__get__
 _PRE_DISPATCH = torch._C.DispatchKeySet(torch._C.DispatchKey.PreDispatch)
-_LIBRARY = torch.__path__[0]
+_LIBRARY, _OURS = torch.__path__[0], f"{Path(__file__).parent.parent}/"
 
 
 @dataclass(frozen=True)
@@ -104,14 +105,14 @@ def source_line():
     frame = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
-        if not name.startswith((_LIBRARY, __file__, "<")) and "/rewrite/" not in name:
+        if not name.startswith((_LIBRARY, _OURS, "<")):
             return f"{name}:{frame.f_lineno}, in {frame.f_code.co_name}"
         frame = frame.f_back
     return ""
 
 
 _ASKING = (
-    "symbolic_shapes.py", "sym_node.py", "recording.py", "proxy_tensor.py", "torch/__init__.py", "rewrite/trace.py", "functools.py", "contextlib.py",
+    "symbolic_shapes.py", "sym_node.py", "recording.py", "proxy_tensor.py", "torch/__init__.py", "capture/trace.py", "functools.py", "contextlib.py",
 )  # fmt: skip
 # where torch computes the shapes of fakes; the rest of torch (functional, nn) decides which ops run, as a model's code does
 _FAKING = tuple(f"{_LIBRARY}/{name}" for name in ("_subclasses/", "_meta_registrations.py", "_refs/", "_decomp/", "_prims/", "_prims_common/"))
