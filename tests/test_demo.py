@@ -121,7 +121,7 @@ def test_the_search_keeps_the_best_and_counts_its_steps(split):
     live = rewrite(tiny(), comparison.examples() / "full.json")
     fitted = training.fit(live, train, validation, schedule, lambda: ticks.append(1))
     assert fitted.rate == 1e-2
-    assert len(ticks) == schedule.work() == 3 * 5 + 2 * 5 + 30
+    assert len(ticks) == schedule.work() == 3 * 4 + 2 * 4 + 32
     assert sorted(map(len, fitted.tried.values())) == [1, 2, 3]
     assert training.accuracy(training.predict(live, validation), validation) > 0.9
 
