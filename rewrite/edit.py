@@ -159,7 +159,7 @@ class Edit:
     def attribute(self, path):
         """The get_attr node of a path, at the top of the graph; made where there is none."""
         node = self.attributes.get(path)
-        if node is not None:
+        if node is not None and self.top < node:  # what was pasted before the top already may read one that stands there
             self.top.prepend(node)
         if node is None:
             with self.graph.fx.inserting_before(self.top):

@@ -276,7 +276,7 @@ def _read_tensors(path, record):
     try:
         with safetensors.safe_open(path, "pt") as file:
             for name in record["tensors"]:
-                tensors[name] = file.get_tensor(name)
+                tensors[name] = file.get_tensor(name).clone()  # aligned as torch does it: sums round otherwise elsewhere; and no longer a part of the file
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise Refused(f"{path}: {_damage(path, error)}") from error
     for name, fact in facts(tensors).items():

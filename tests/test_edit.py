@@ -212,6 +212,24 @@ def test_merging_takes_the_first_node_away():
     close(reference=model.b(3 * torch.relu(model.a(3 * x))), result=live(x=x), drift=EXACT)
 
 
+class Again(nn.Module):
+    """One linear called twice, and nothing before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.a(torch.tanh(self.a(x)))
+
+
+def test_what_the_first_call_reads_stands_before_it_still():
+    model, x = Again().double(), torch.randn(3, 6, dtype=torch.float64)
+    lora = {"pass": "lora", "rank": 2}
+    live = rewrite(model, {"passes": [lora, {"pass": "merge"}, {"pass": "hira", "rank": 2}]}, example={"x": x})
+    close(reference=model(x), result=live(x), drift=EXACT)
+
+
 def test_the_x_of_a_sublayer_is_not_that_of_its_last_linear(written):
     """mlp and mlp.down have one result, and inputs of different widths."""
     graph, _ = applied(written, {"pass": "ia3", "where": "mlp.down"}, {"pass": "adapter", "where": "mlp", "read": "input", "bottleneck": 5})
