@@ -225,8 +225,8 @@ class Again(nn.Module):
 
 def test_what_the_first_call_reads_stands_before_it_still():
     model, x = Again().double(), torch.randn(3, 6, dtype=torch.float64)
-    lora = {"pass": "lora", "rank": 2}
-    live = rewrite(model, {"passes": [lora, {"pass": "merge"}, {"pass": "hira", "rank": 2}]}, example={"x": x})
+    lora, hira = ({"pass": name, "where": ["linear", "head"], "rank": 2} for name in ("lora", "hira"))
+    live = rewrite(model, {"passes": [lora, {"pass": "merge"}, hira]}, example={"x": x})
     close(reference=model(x), result=live(x), drift=EXACT)
 
 
