@@ -12,10 +12,14 @@ they need:
     norm(y)                 what the norm after the residual add would give, had the sub-layer given y (post-norm models)
     training                the site's own flag
     role index kind fan_in  the site's role; the number of its block; "linear", "conv", "embedding", "experts" or None; inputs of one output
+    key_heads               of attention: how many heads of keys differ (fewer than k has, where each serves several heads of queries)
+    positions               the value by which the model counts its tokens, where there is one
     <name>                  a new tensor of `params` or `shared`
 
 A noun names the value that it replaces: `input` x, `weight` w, `bias` b, `output` y, `query` q, `key` k, `value` v, `branch`, `stream`. A noun
-whose value a site does not have is left out there, and so is one that returns its value as it is.
+whose value a site does not have is left out there, and so is one that returns its value as it is. `key` and `value` may put more places in
+front (`in_front`), both as many: masks and biases grow with them, and a cache keeps the model's own keys. `positions` is replaced once for the
+whole model.
 """
 
 import functools
@@ -25,23 +29,23 @@ from typing import ClassVar
 
 import torch
 
-REPLACES = {"input": "x", "weight": "w", "bias": "b", "output": "y", "query": "q", "key": "k", "value": "v", "branch": "branch", "stream": "stream"}
+REPLACES = {"input": "x", "weight": "w", "bias": "b", "output": "y", "query": "q", "key": "k", "value": "v", "branch": "branch", "stream": "stream", "positions": "positions"}
 #: what a body may ask for beside handles and tensors: functions of the site, and facts of it
 FUNCTIONS = ("op", "mix", "norm")
-FACTS = ("role", "index", "kind", "fan_in")
+FACTS = ("role", "index", "kind", "fan_in", "key_heads")
 
 
 @dataclass(frozen=True)
 class Pass:
     """A named, optioned graph → graph step.
 
-    `role` is the default `where`; `drift` the allowed relative change of the output at initialisation (0.0 = bit-equal); `example` a step of a
+    `role` is the default `where`; `drift` the allowed relative change of the output at initialisation (0.0 = bit-equal, None: a change is its nature); `example` a step of a
     spec that shows the pass, `shown_after` the steps that it wants before it; `requires(graph)` gives the reason why the graph is not ready for
     it, or None. A pass that is not site-shaped defines `apply(self, edit, sites)` instead of nouns.
     """
 
     role: ClassVar[str | list | None] = None
-    drift: ClassVar[float] = 0.0
+    drift: ClassVar[float | None] = 0.0
     example: ClassVar[dict] = {}
     shown_after: ClassVar[tuple[dict, ...]] = ()
 

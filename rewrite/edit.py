@@ -10,8 +10,10 @@ from . import graph as g
 from .body import Body, signature
 from .contract import FACTS, FUNCTIONS, REPLACES, has_default, wants
 from .errors import Refused
+from .lengthen import growth, lengthen
 from .operation import Again, Operation
 from .region import Region, between
+from .roles.attention import key_heads
 from .tensors import FAILURES, NewTensors
 
 _LACKING = {"x": "x of its own", "w": "weight", "y": "y of its own"}
@@ -22,14 +24,15 @@ _NORMS = (torch.ops.aten.layer_norm.default, torch.ops.aten.rms_norm.default)
 class Edit:
     """The graph while one pass works on it: reads live handles, pastes bodies, lets tensors train. One per graph and step.
 
-    graphs: all variants, the main one first. step: `Step` of the spec. seed: of the spec. report: what the passes made and let train, shared by
+    sites: its Roles. graphs: all variants, the main one first. step: `Step` of the spec. seed: of the spec. report: what the passes made and let train, shared by
     all variants of a model. memo: traced bodies and what steps remember from one variant to the next, shared likewise. `restructured` is set
     by a pass that takes nodes away.
     """
 
-    def __init__(self, graph, graphs, step, seed, report, memo):
-        self.graph, self.step, self.seed, self.report, self.made, self.memo = graph, step, seed, report, report.made, memo
+    def __init__(self, graph, sites, graphs, step, seed, report, memo):
+        self.graph, self.sites, self.step, self.seed, self.report, self.made, self.memo = graph, sites, step, seed, report, report.made, memo
         self.graphs, self.main, self.restructured = graphs, graph is graphs[0], False
+        self.counted, self.grown = False, {}  # whether the step has replaced the model's positions; masks that it has made longer
         self.kind = step.method.rpartition(".")[2]
         self.by_name = {node.name: node for node in graph.nodes}
         self.attributes = {node.target: node for node in graph.nodes if node.op == "get_attr"}
@@ -53,6 +56,8 @@ class Edit:
 
     def handle(self, site, name):
         """The live node of a handle of a site, or None."""
+        if name == "positions":
+            return self.live(self.sites.positions)
         operation = self.operation(site)
         if operation is None or name not in ("x", "w", "b", "y"):
             replaced = self.by_name.get(site.node.meta.get("handles", {}).get((site.role, name)))
@@ -75,7 +80,7 @@ class Edit:
         A weight or bias is the tensor itself in standard orientation; an activation is an empty prototype with its rank, dtype and device,
         sizes that vary being 1. `kind` is "linear", "conv", "embedding", "experts" or None, `fan_in` how many inputs make one output.
         """
-        names, known = wants(method), (*dict.fromkeys((*site.handles, "x", "w", "b", "y")), *FACTS, "norm")
+        names, known = wants(method), (*dict.fromkeys((*site.handles, "x", "w", "b", "y")), *FACTS, "norm", "positions")
         for name in names:
             if name not in known:
                 raise Refused(f"{self.kind} at {site.path}: {method.__name__}() asks for {name!r}; it may ask for {', '.join(known)}.")
@@ -88,6 +93,8 @@ class Edit:
             return self.norm_after(site)
         if name in ("index", "role"):
             return getattr(site, name)
+        if name == "key_heads":
+            return key_heads(site.handles["k"]) if site.handles.get("k") is not None else None
         if name == "kind":
             return operation.kind if operation is not None else None
         if name == "fan_in":
@@ -101,7 +108,7 @@ class Edit:
             value = g.attribute(self.graph.root, path).detach()
             value = operation.standard(value) if name == "w" else value
             return self._part(site, value, self._dim(operation, name))
-        node = site.handles.get(name)
+        node = self.sites.positions if name == "positions" else site.handles.get(name)
         if node is None:
             return None
         if node.op == "get_attr":
@@ -110,7 +117,8 @@ class Edit:
         size = [s if isinstance(s, int) else 1 for s in g.shape(node)]
         dtype = {new: old for old, new in self.dtypes.items()}.get(fake.dtype, fake.dtype)
         device = {new: old for old, new in self.devices.items()}.get(fake.device, fake.device)
-        return torch.empty(size, dtype=dtype, device=device)
+        value = torch.empty(size, dtype=dtype, device=device)
+        return value.transpose(-1, -2) if name in site.layout.turned else value
 
     def norm_after(self, site):
         """The residual add and the norm that follow a sub-layer's output, as a region that can be run again; None where there are none."""
@@ -185,8 +193,9 @@ class Edit:
         for name in self._trained(site):
             operation = self.operation(site)
             self.train(operation.weight if operation and name == "w" else operation.bias if operation and name == "b" else site.handles[name].target)
-        for noun in options.nouns():
-            self._noun(site, noun, paths)
+        longer = {noun: self._noun(site, noun, paths) for noun in options.nouns()}
+        if any(longer.values()):
+            lengthen(self, site, longer)
         for name, path in own.items():
             if not (path in self.attributes and self.attributes[path].users):
                 raise Refused(f"{self.kind} at {site.name}: params() gives {name!r}, and no noun reads it at this site.")
@@ -231,10 +240,15 @@ class Edit:
         return paths
 
     def _noun(self, site, noun, paths):
-        """One noun at one site: its value made, and put in the place of the one that it replaces."""
+        """One noun at one site: its value made, and put in the place of the one that it replaces. Returns by how many places it is longer."""
+        if noun == "positions" and self.counted:
+            return 0
         made = self.make(site, noun, paths)
-        if made is not None:
-            self._replace(site, REPLACES[noun], *made)
+        if made is None:
+            return 0
+        self._replace(site, REPLACES[noun], *made)
+        self.counted |= noun == "positions"
+        return growth(site, REPLACES[noun], *made[:2])
 
     def make(self, site, noun, paths):
         """The nodes of a noun's new value, which nothing reads yet: (value that it would replace, its new value, all new nodes).
@@ -286,7 +300,7 @@ class Edit:
             return None
         if not isinstance(new, fx.Node):
             raise Refused(f"{place}: {noun}() must return one tensor")
-        if signature(new.meta["val"]) != signature(current.meta["val"]):
+        if signature(new.meta["val"]) != signature(current.meta["val"]) and not growth(site, target, current, new):
             raise Refused(f"{place}: {noun}() gives {_words(new)} where the model has {_words(current)}.")
         return current, new, own
 
@@ -301,6 +315,8 @@ class Edit:
         operation = self.operation(site)
 
         def read(name, value):
+            if name in site.layout.turned:
+                return value.transpose(-1, -2)
             if operation is None or name not in ("w", "b", "y"):
                 return value
             if name == "w":
@@ -314,6 +330,8 @@ class Edit:
             given |= {name: functools.partial(f.run, known=known) for name, f in functions.items()}
             given |= {name: training if name == "training" else None for name in asked if name not in given}
             new = function(**given)
+            if target in site.layout.turned:
+                return new.transpose(-1, -2)
             if operation is None or target not in ("w", "b", "y"):
                 return new
             whole = operation.standard(raw["w"]) if target == "w" else raw[target]
@@ -322,8 +340,12 @@ class Edit:
 
         with self.fake_mode:
             fresh = [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) for v in values]
-        marker = next((new for old, new in self.dtypes.items() if old != new), None) or next(iter(self.dtypes.values()), None)
-        return Body(run, fresh, self.fake_mode, training="training" in asked, marker=marker, place=place)
+        return Body(run, fresh, self.fake_mode, training="training" in asked, marker=self.marker, place=place)
+
+    @property
+    def marker(self):
+        """The dtype that stands for the model's own in the graph, or None."""
+        return next((new for old, new in self.dtypes.items() if old != new), None) or next(iter(self.dtypes.values()), None)
 
     @staticmethod
     def _part(site, value, dim):
@@ -337,12 +359,14 @@ class Edit:
 
     def _replace(self, site, target, current, new, own):
         operation, inside = self.operation(site), None
-        if target != "y":
+        if target not in ("y", "positions"):
             inside = {operation.node, *operation.chain} if operation is not None and target != "x" else between([current], self.handle(site, "y"))
         users = [user for user in current.users if user not in own and (inside is None or user in inside)]
+        if growth(site, target, current, new):  # how many places the model has itself is what it counts its positions and biases by
+            users = [user for user in users if isinstance(user.meta.get("val"), torch.Tensor)]
         if any(user < new for user in users):
             raise Refused(f"{self.kind} at {site.path}: the new {target} reads what the site computes only after its {target}.")
-        if target == "y":
+        if target in ("y", "positions"):
             current.meta["live"] = new.name
         elif operation is None:  # by role: the result of a sub-layer is also that of its last linear
             site.node.meta["handles"] = {**site.node.meta.get("handles", {}), (site.role, target): new.name}

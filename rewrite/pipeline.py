@@ -80,7 +80,7 @@ def _apply_steps(graph, steps, seed, report, donate=False):
         reason = step.options.requires(graph)
         if reason:
             raise Refused(f"{step.place}: {step.method}: {reason}")
-        edits = [Edit(part, graphs, step, seed, report, memo) for part in graphs]
+        edits = [Edit(part, sites, graphs, step, seed, report, memo) for part, sites in zip(graphs, found)]
         texts = [show(part) for part in graphs]  # for the picture in a Broken; 11 µs a node
         picked = _picked(step, found, inner)
         sites, refused = _run(edits, picked, inner)

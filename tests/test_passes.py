@@ -138,7 +138,12 @@ def test_every_golden_has_its_pass():
 def test_holds_still(name, toy):
     live, model = shared(name, toy), model_of(toy)
     for batch, length in SIZES:
+        if class_of(name).drift is None:  # no identity at initialisation: it is there from the first call on, at every size
+            rejects(reference=TOYS[toy].output(model, batch, length), result=TOYS[toy].output(live, batch, length), drift=rounding(torch.float32))
+            continue
         close(reference=TOYS[toy].output(model, batch, length), result=TOYS[toy].output(live, batch, length), drift=class_of(name).drift)
+    if class_of(name).drift is None:
+        return
     broken = rewritten(name, toy)
     with torch.no_grad():
         next(p for p in broken.parameters() if p.dim() == 2).mul_(1.01)
@@ -291,6 +296,8 @@ def test_leaves_other_nodes(name, toy):
         twin = new[node.name]
         assert (twin.op, twin.target, set(twin.kwargs)) == (node.op, node.target, set(node.kwargs))
         given, now = node.all_input_nodes, twin.all_input_nodes
+        if True in node.args and True not in twin.args:  # a causal attention whose mask is written out
+            now = [b for b in now if b not in made or b.meta["val"].dtype is not torch.bool]
         assert len(given) == len(now), line(twin, graph.root)
         for a, b in zip(given, now):
             assert a.target == b.target if a.op == "get_attr" == b.op else a.name == b.name or (b in made and a.name in reads(b, made)), line(twin, graph.root)

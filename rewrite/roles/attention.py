@@ -7,17 +7,23 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from ..graph import shape
 from .affine import rows_in
-from .dataflow import ATTENTIONS, PRODUCTS, value
+from .dataflow import ATTENTIONS, PRODUCTS, op_name, value
 
 # what may happen to probabilities before they meet the values
 _KEEPING = frozenset({"mul", "mul_", "add", "div", "masked_fill", "masked_fill_", "where", "nan_to_num"})
+# between keys as they are cached and keys that a product reads
+_CARRIES = frozenset({"expand", "repeat_interleave", "reshape", "view", "_unsafe_view", "clone", "contiguous", "transpose", "permute", "to", "mul"})
 _SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
 
 
 @dataclass(eq=False)
 class Attention:
-    """`parts`: "q" "k" "v" → list of (affine op, rows); `o`: the affine ops that read y; `latent`: op → "q" or "kv" (low-rank projections)."""
+    """`parts`: "q" "k" "v" → list of (affine op, rows); `o`: the affine ops that read y; `latent`: op → "q" or "kv" (low-rank projections).
+
+    `scores`: the product q kᵀ where attention is written out.
+    """
 
     q: fx.Node
     k: fx.Node
@@ -30,6 +36,7 @@ class Attention:
     others: list = field(default_factory=list)
     positions: list = field(default_factory=list)
     latent: dict = field(default_factory=dict)
+    scores: fx.Node | None = None
     is_cross: bool = False
 
 
@@ -59,7 +66,7 @@ def _written_out(flow, softmax):
         return None
     left, right = _operands(flow, scores)
     found = Attention(left, right, v, _mask(flow, softmax.args[0], scores), product)
-    found.others = others
+    found.others, found.scores = others, scores
     return found
 
 
@@ -139,6 +146,19 @@ def _mask(flow, node, scores):
             return None
         node = parents[0]
     return None
+
+
+def key_heads(k):
+    """How many heads of keys (a handle) differ: fewer than it has where each is repeated for several heads of queries."""
+    heads, node = shape(k)[1], k
+    while node.op == "call_function" and op_name(node) in _CARRIES:
+        before, after = shape(node.args[0]), shape(node)
+        if op_name(node) == "expand" and len(before) == len(after) == 5 and before[2] == 1 and isinstance(after[2], int):
+            return heads // after[2]
+        if op_name(node) == "repeat_interleave" and len(before) == 4 and before[1] != after[1] and isinstance(before[1], int):
+            return before[1]
+        node = node.args[0]
+    return heads
 
 
 def find_projections(flow, attentions):

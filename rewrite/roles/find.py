@@ -27,7 +27,9 @@ def roles(model_or_graph, example=None):
         from ..capture.model import capture
 
         graph = capture(model_or_graph, example)
-    return Roles(_inner(_Survey(graph).sites()) if graph.is_inner else _Survey(graph).sites())
+    survey = _Survey(graph)
+    sites = survey.sites()
+    return Roles(_inner(sites) if graph.is_inner else sites, survey.positions(sites))
 
 
 def _inner(sites):
@@ -186,6 +188,12 @@ class _Survey:
         sites = self._told_apart(sites)
         return sorted(sites, key=lambda site: (place[site.node], len(site.layout.rows or ()) != 0, site.layout.rows.start if site.layout.rows else 0))
 
+    def positions(self, sites):
+        """The value by which tokens are counted: the input that says so, else the ids of the one table of positions; None where there are several."""
+        counted = [node for node, default in self.defaults.items() if default == "positions" and node.users]
+        counted = counted or list(dict.fromkeys(site.handles["ids"] for site in sites if site.role == "embed.position"))
+        return counted[0] if len(counted) == 1 and counted[0].op != "get_attr" else None
+
     def _told_apart(self, sites):
         """Sites that one module owns several of (the two residual adds of a block) get labels: their sub-layer's name, else their number."""
         sublayers = {y: role.partition(".")[0] for role, _, y, _ in self.regions}
@@ -337,7 +345,8 @@ class _Survey:
 
     def _attention_site(self, a):
         roles = ("attention.cross", "attention") if a.is_cross else ("attention",)
-        return self._plain(roles[0], roles, a.y, path_of(a.y), {"q": a.q, "k": a.k, "v": a.v, "mask": a.mask, "y": a.y}, operation=a.y)
+        layout = Layout(turned=("k",)) if a.scores is not None and self.flow.name[a.scores] != "einsum" else Layout()
+        return self._plain(roles[0], roles, a.y, path_of(a.y), {"q": a.q, "k": a.k, "v": a.v, "mask": a.mask, "y": a.y}, operation=a.y, layout=layout)
 
     def _common(self, ops, y):
         paths = [self._place(op, self.flow.affine[op].w)[0].split(".") for op in ops] or [path_of(y).split(".")]

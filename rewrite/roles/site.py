@@ -87,7 +87,8 @@ class Layout:
     "einsum" (any order of axes), or "" for sites without a weight. `transposed`: the stored weight has in before out (GPT-2's Conv1D,
     a transposed convolution, experts as E × in × out). `axis`: the features' axis of x and y. `rows`: the OUT rows that the site covers,
     None for all. `stored`: the rows of the stored weight that the operation reads, None for all.
-    `arguments`: name of a handle → position in `operation.args`.
+    `arguments`: name of a handle → position in `operation.args`. `turned`: the handles whose last two axes stand the other way round
+    (keys as a product of attention written out takes them, dim × length).
     """
 
     kind: str = ""
@@ -96,6 +97,7 @@ class Layout:
     rows: Rows | None = None
     stored: Rows | None = None
     arguments: dict[str, int] = field(default_factory=dict)
+    turned: tuple[str, ...] = ()
 
     def __str__(self):
         return " ".join(filter(None, (self.kind, self.transposed and "in×out", self.rows and str(self.rows))))
@@ -142,10 +144,10 @@ class Site:
 
 
 class Roles:
-    """The sites of a graph, in graph order."""
+    """The sites of a graph, in graph order; `positions` is the one value by which its tokens are counted, or None."""
 
-    def __init__(self, sites):
-        self.sites = tuple(sites)
+    def __init__(self, sites, positions=None):
+        self.sites, self.positions = tuple(sites), positions
 
     def __iter__(self):
         return iter(self.sites)

@@ -1,0 +1,141 @@
+"""Keys and values with more places in front, and what grows with them.
+
+    y = attention(q, k, v, mask)   -->   y = attention(q, [p_k; k], [p_v; v], [1; mask])
+
+Every query sees the places in front: a mask of truth gets True there, one that is added gets 0 (so does a bias of relative positions), a causal
+attention gets its mask written out. The places stand behind the model's own cache, which keeps the keys of tokens alone.
+"""
+
+import torch
+
+from . import graph as g
+from .body import Body, signature
+from .errors import Refused
+from .roles.dataflow import PRODUCTS, op_name
+
+_SDPA = torch.ops.aten.scaled_dot_product_attention.default
+# what acts on scores place by place: op → what another operand of theirs has at the places in front
+_NEUTRAL = {"add": 0, "add_": 0, "sub": 0, "mul": 1, "mul_": 1, "div": 1, "div_": 1}
+_ALONE = frozenset("""
+    softmax _softmax _safe_softmax dropout native_dropout to _to_copy type_as float contiguous clone detach neg nan_to_num clamp clamp_min clamp_max tanh
+""".split())  # fmt: skip
+_TELLING = frozenset({"masked_fill", "masked_fill_", "where"})  # whose other operands tell which places count
+
+
+def in_front(prefix, of):
+    """`prefix` (places, heads, dim) in front of keys or values `of` (batch, heads, length, dim), each head as often as `of` repeats it."""
+    heads = prefix.transpose(0, 1).unsqueeze(1).expand(-1, of.shape[1] // prefix.shape[1], -1, -1).flatten(0, 1)
+    return torch.cat([heads.to(of.dtype).expand(of.shape[0], -1, -1, -1), of], -2)
+
+
+def growth(site, target, current, new):
+    """By how many places a new value of keys or values is longer than the current one; 0 where it is not, or is something else besides."""
+    values = current.meta["val"], new.meta["val"]
+    if target not in ("k", "v") or not all(isinstance(v, torch.Tensor) for v in values) or values[0].dtype != values[1].dtype:
+        return 0
+    before, after = g.shape(current), g.shape(new)
+    axis = len(before) - (1 if target in site.layout.turned else 2)
+    if len(before) != len(after) or axis < 0 or any(a != b for i, (a, b) in enumerate(zip(before, after)) if i != axis):
+        return 0
+    places = after[axis] - before[axis]
+    return int(places) if getattr(places, "is_number", True) and places > 0 else 0
+
+
+def lengthen(edit, site, longer):
+    """Let all that meets a site's scores have as many more places in front as its keys and values; `longer`: noun → number of places."""
+    place = f"{edit.kind} at {site.path}"
+    places, others = longer.get("key", 0), longer.get("value", 0)
+    if places != others:
+        raise Refused(f"{place}: the keys become {places} places longer and the values {others}; it must be as many.")
+    if site.node.target is _SDPA:
+        _kernel(edit, site, places, place)
+    else:
+        _written_out(edit, site, places, place)
+
+
+def _kernel(edit, site, places, place):
+    node, defaults = site.node, (None, 0.0, False)
+    args, kwargs = [*node.args, *defaults[len(node.args) - 3 :]], dict(node.kwargs)
+    for at, name in ((3, "attn_mask"), (4, "dropout_p"), (5, "is_causal")):
+        args[at] = kwargs.pop(name, args[at])
+    if not isinstance(args[5], bool):
+        raise Refused(f"{place}: whether it is causal is known only in the call, so its mask cannot be made longer.")
+    if args[5]:
+        args[3:6] = _paste(edit, site, node.prev, ("causal", places), lambda q, k: _visible(q, k, places), args[:2], site.owner, place), args[4], False
+    elif args[3] is not None:
+        fill = args[3].meta["val"].dtype is torch.bool
+        args[3] = _longer(edit, site, args[3], g.shape(args[1])[-2] - places, places, fill, place)
+    while len(args) > 3 and args[-1] == defaults[len(args) - 4]:
+        args.pop()
+    node.args, node.kwargs = tuple(args), kwargs
+    if len(args) > 3 and args[3] is not None:
+        site.node.meta["handles"] = {**site.node.meta.get("handles", {}), (site.role, "mask"): args[3].name}
+
+
+def _visible(q, k, places):
+    return torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril(places)
+
+
+def _written_out(edit, site, places, place):
+    """From the products with the keys to the one with the values: each op as it is, its other operands longer."""
+    keys, end = edit.handle(site, "k"), edit.handle(site, "y")
+    length = g.shape(keys)[-1] - places
+
+    def longer(value, fill):
+        if value in wide or not isinstance(value, torch.fx.Node) or not isinstance(value.meta.get("val"), torch.Tensor):
+            return value
+        return _longer(edit, site, value, length, places, fill, place)
+
+    wide = {}  # in the order of the graph
+    for node in list(edit.graph.nodes):
+        touched = [n for n in node.all_input_nodes if n in wide or n is keys]
+        if not touched or node is end or node.op != "call_function":
+            continue
+        name = op_name(node)
+        if not isinstance(node.meta.get("val"), torch.Tensor):
+            if name == "sym_size" and node.args[1] % len(g.shape(node.args[0])) == len(g.shape(node.args[0])) - 1:
+                raise Refused(f"{place}: the model counts how many places its scores have, which the new ones would be among.")
+            continue
+        if keys in touched:
+            if name not in PRODUCTS - {"einsum"} or keys is not node.args[2 if "add" in name else 1]:
+                raise Refused(f"{place}: its keys are read by {name}, of which it is not known how it grows with them.")
+            if "add" in name:
+                node.args = (longer(node.args[0], 0), *node.args[1:])
+        elif name in _NEUTRAL:
+            node.args = (*(longer(a, _NEUTRAL[name]) for a in node.args[:2]), *node.args[2:])
+        elif name in _TELLING:
+            kept = name == "where" and node.args[1] in wide
+            node.args = tuple(longer(a, kept and isinstance(a, torch.fx.Node) and a.meta["val"].dtype is torch.bool) for a in node.args)
+        elif name not in _ALONE or ("softmax" in name and node.args[1] % len(g.shape(node)) != len(g.shape(node)) - 1):
+            raise Refused(f"{place}: between its scores and its values stands {name}, of which it is not known how it grows with the keys.")
+        wide[node] = None
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+        with edit.fake_mode, torch.no_grad():
+            node.meta["val"] = node.target(*args, **kwargs)
+
+
+def _longer(edit, site, value, length, places, fill, place):
+    """A mask or bias with places of `fill` in front of its last axis; as it is where all `length` keys share one entry."""
+    sizes = g.shape(value)
+    if not sizes or (sizes[-1] == 1 and length != 1):
+        return value
+    run = lambda mask: torch.cat([mask.new_full((*mask.shape[:-1], places), fill), mask], -1)  # noqa: E731
+    return _paste(edit, site, value, ("longer", fill, places), run, [value], g.path_of(value), place)
+
+
+def _paste(edit, site, after, what, function, inputs, path, place):
+    """The node of `function(*inputs)`, made right after a node, once for all that ask for it."""
+    made = (what, *inputs)
+    if made not in edit.grown:
+        values = [n.meta["val"] for n in inputs]
+        key = (what, edit.fake_mode, *map(signature, values))
+        if key not in edit.memo:
+            with edit.fake_mode:
+                fresh = [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) for v in values]
+            edit.memo[key] = Body(lambda *v, training: function(*v), fresh, edit.fake_mode, training=False, marker=edit.marker, place=place)
+        before = edit.top if after.op in ("placeholder", "get_attr") else after.next
+        with edit.graph.fx.inserting_before(before):
+            new, own = edit.memo[key].paste(edit.graph.fx, inputs, None, {"path": path, "made": edit.kind, "role": f"made.{edit.kind}", "site": site.path})
+        edit.by_name.update((n.name, n) for n in own)
+        edit.grown[made] = new
+    return edit.grown[made]
