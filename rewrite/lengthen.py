@@ -105,7 +105,7 @@ def _written_out(edit, site, places, place):
             node.args = (*(longer(a, _NEUTRAL[name]) for a in node.args[:2]), *node.args[2:])
         elif name in _TELLING:
             kept = name == "where" and node.args[1] in wide
-            node.args = tuple(longer(a, kept and isinstance(a, torch.fx.Node) and a.meta["val"].dtype is torch.bool) for a in node.args)
+            node.args = (*(longer(a, kept and a is node.args[0]) for a in node.args),)
         elif name not in _ALONE or ("softmax" in name and node.args[1] % len(g.shape(node)) != len(g.shape(node)) - 1):
             raise Refused(f"{place}: between its scores and its values stands {name}, of which it is not known how it grows with the keys.")
         wide[node] = None

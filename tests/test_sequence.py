@@ -8,9 +8,11 @@ import pytest
 import torch
 import transformers as T
 from checks import captured, close, rejects, rounding
-from models import SIZES, SPECIAL, build, example
+from models import build, example
+from torch import nn
+from torch.nn import functional as F
 
-from rewrite import Refused, export_onnx, load, pipeline, rewrite, save
+from rewrite import Refused, SpecError, export_onnx, load, pipeline, rewrite, save
 
 PLACES = 5
 EXACT = rounding(torch.float64)
@@ -62,21 +64,26 @@ def peft_prefixed(family, **options):
 def prefixes(live):
     """(keys, values) of each site, in the order of the layers."""
     sites = [site for site, _ in live.report.applied[0].sites]
-    return [tuple(live.get_parameter(f"{site}.prefix_tuning.default.{name}") for name in ("keys", "values")) for site in sites]
+    return [tuple(live.get_parameter(f"{site}.prefix_tuning.default.{name}".strip(".")) for name in ("keys", "values")) for site in sites]
 
 
-def copied(wrapped, live):
-    """`live` with PEFT's prefix: of each layer the keys, then the values."""
+def pieces(live, family):
+    """Which part of PEFT's prefix each of ours is. An encoder-decoder gets them four at a time, of which its decoder reads the first two."""
     flat = [part for pair in prefixes(live) for part in pair]
-    for mine, theirs in zip(flat, wrapped.prompt_encoder.default.embedding.weight.split(flat[0].shape[1], 1), strict=True):
-        mine.data.copy_(theirs)
+    return [(part, (4 * (i // 2) + i % 2) % len(flat) if family == "t5" else i) for i, part in enumerate(flat)]
+
+
+def copied(wrapped, live, family):
+    """`live` with PEFT's prefix: of each layer the keys, then the values."""
+    for mine, at in pieces(live, family):
+        mine.data.copy_(wrapped.prompt_encoder.default.embedding.weight.split(mine.shape[1], 1)[at])
     return live
 
 
 @pytest.mark.parametrize("family", TASKS)
 def test_prefix_as_peft(family):
     wrapped = peft_prefixed(family)
-    live = copied(wrapped, prefixed(family))
+    live = copied(wrapped, prefixed(family), family)
     for batch, length in ((3, 9), (1, 1)):
         inputs = example(family, batch, length)
         theirs, mine = wrapped(**inputs).logits, live(**inputs).logits
@@ -86,13 +93,186 @@ def test_prefix_as_peft(family):
     for model in (wrapped, live):
         model(**inputs, labels=labels).loss.backward()
     theirs = wrapped.prompt_encoder.default.embedding.weight.grad
-    mine = torch.cat([part.grad for pair in prefixes(live) for part in pair], 1)
+    mine = torch.zeros_like(theirs)
+    for part, at in pieces(live, family):
+        mine.split(part.shape[1], 1)[at].add_(part.grad)
     assert theirs.any()
     close(reference=theirs, result=mine, drift=EXACT)
     rejects(reference=theirs, result=1.001 * mine, drift=EXACT)
     theirs = wrapped(**inputs).logits
     if family != "t5":
-        rejects(reference=theirs, result=copied(wrapped, prefixed(family, shift=False))(**inputs).logits, drift=EXACT)
+        rejects(reference=theirs, result=copied(wrapped, prefixed(family, shift=False), family)(**inputs).logits, drift=EXACT)
     for keys, values in prefixes(live):
         keys.data, values.data = values.data, keys.data
     rejects(reference=theirs, result=live(**inputs).logits, drift=EXACT)
+
+
+def prompts(family):
+    """Ids of three rows, and a mask that pads one of them on the left."""
+    ids = example(family, 3, 7)["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+GENERATES = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_prefix_generates_as_peft(family, beams):
+    wrapped = peft_prefixed(family)
+    live = copied(wrapped, prefixed(family), family)
+    theirs = wrapped.generate(**prompts(family), **GENERATES, num_beams=beams)
+    assert torch.equal(theirs, live.generate(**prompts(family), **GENERATES, num_beams=beams))
+    assert not torch.equal(theirs, base(family).generate(**prompts(family), **GENERATES, num_beams=beams))
+
+
+def turns(live, family, **options):
+    """Two turns of generation behind one cache, and the cache's length after the first."""
+    ids = example(family, 2, 7)["input_ids"]
+    go = lambda ids, **more: live.generate(ids, attention_mask=torch.ones_like(ids), **GENERATES, **options, **more)  # noqa: E731
+    first = go(ids, return_dict_in_generate=True)
+    longer = torch.cat([first.sequences, ids[:, :3]], 1)
+    length = first.past_key_values.get_seq_length()
+    return longer, go(longer, past_key_values=first.past_key_values), length
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_prefix_second_turn(family):
+    wrapped = peft_prefixed(family)
+    live = copied(wrapped, prefixed(family), family)
+    longer, second, length = turns(live, family)
+    assert length == 7 + 6 - 1  # the cache holds tokens alone
+    assert torch.equal(second, wrapped.generate(input_ids=longer, attention_mask=torch.ones_like(longer), **GENERATES))
+
+
+def test_prefix_of_a_network_as_peft():
+    """The two-layer network: PEFT makes the prefixes of all layers at once, we the part of each site."""
+    wrapped = peft_prefixed("gpt2", prefix_projection=True, encoder_hidden_size=10)
+    live = prefixed("gpt2", inner=10)
+    encoder = wrapped.prompt_encoder.default
+    pairs = [("tokens", encoder.embedding.weight), ("inner_weight", encoder.transform[0].weight), ("inner_bias", encoder.transform[0].bias)]
+    mine = [(theirs, live.get_parameter(f"prefix_tuning.default.{name}")) for name, theirs in pairs]
+    last = zip(encoder.transform[2].weight.split(24), encoder.transform[2].bias.split(24), [part for pair in prefixes(live) for part in pair], strict=True)
+    biases = [live.get_parameter(f"{site}.prefix_tuning.default.{name}_bias") for site, _ in live.report.applied[0].sites for name in ("keys", "values")]
+    parts = [(theirs, ours) for (w, b, ours_w), ours_b in zip(last, biases, strict=True) for theirs, ours in ((w, ours_w), (b, ours_b))]
+    for theirs, ours in mine + parts:
+        ours.data.copy_(theirs)
+    inputs = example("gpt2", 3, 9)
+    for model in (wrapped, live):
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    close(reference=wrapped(**inputs).logits, result=live(**inputs).logits, drift=EXACT)
+    for theirs, ours in mine:
+        close(reference=theirs.grad, result=ours.grad, drift=EXACT)
+    wide = torch.cat([ours.grad for theirs, ours in parts if theirs.dim() == 2])
+    close(reference=encoder.transform[2].weight.grad, result=wide, drift=EXACT)
+    rejects(reference=encoder.transform[2].weight.grad, result=wide.roll(24, 0), drift=EXACT)
+
+
+def test_two_prefixes():
+    """Two of different names are one of both, the later one in front; two of one name are refused."""
+    steps = [{"pass": "prefix_tuning", "length": length, "name": name} for name, length in (("fr", 3), ("de", 4))]
+    live, whole = rewrite(base("llama"), {"passes": steps}), rewrite(base("llama"), {"passes": [{"pass": "prefix_tuning", "length": 7}]})
+    for site, _ in whole.report.applied[0].sites:
+        for part in ("keys", "values"):
+            de, fr = (live.get_parameter(f"{site}.prefix_tuning.{name}.{part}") for name in ("de", "fr"))
+            whole.get_parameter(f"{site}.prefix_tuning.default.{part}").data.copy_(torch.cat([de, fr]))
+    inputs = example("llama", 3, 9)
+    close(reference=whole(**inputs).logits, result=live(**inputs).logits, drift=EXACT)
+    rejects(reference=whole(**inputs).logits, result=rewrite(base("llama"), {"passes": steps[:1]})(**inputs).logits, drift=EXACT)
+    with pytest.raises(SpecError, match='stands at "attention" already'):
+        rewrite(base("llama"), {"passes": [steps[0], steps[0]]})
+
+
+# ---- masks of every kind ----------------------------------------------------------------------------------------------------
+
+
+class Attends(nn.Module):
+    """One attention, its mask as `kind` says; 4 heads of queries, over 2 of keys where `grouped`."""
+
+    def __init__(self, kind, grouped=False):
+        super().__init__()
+        self.kind, self.grouped = kind, grouped
+        self.q, self.k, self.v, self.o = nn.Linear(24, 24), nn.Linear(24, 12 if grouped else 24), nn.Linear(24, 12 if grouped else 24), nn.Linear(24, 24)
+
+    def forward(self, x):
+        q, k, v = (f(x).unflatten(-1, (-1, 6)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        if self.grouped and self.kind != "native":
+            k, v = (t.repeat_interleave(2, 1) for t in (k, v))
+        return self.o(self.attend(q, k, v, x).transpose(1, 2).flatten(2))
+
+    def attend(self, q, k, v, x):
+        seen = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+        bias = -0.3 * (x[..., :1] + x[..., 0].unsqueeze(1)).unsqueeze(1)
+        if self.kind in ("causal", "native"):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.kind == "native")
+        if self.kind in ("bool", "float", "none"):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask={"bool": seen, "float": bias, "none": None}[self.kind])
+        scores = q @ k.transpose(-1, -2) / 6**0.5
+        if self.kind == "added":
+            scores = bias + scores
+        if self.kind == "filled":
+            scores = scores.masked_fill(~seen, float("-inf"))
+        if self.kind == "chosen":
+            scores = torch.where(seen, scores, torch.finfo(scores.dtype).min)
+        if self.kind == "einsum":
+            scores = torch.einsum("bhid,bhjd->bhij", q, k)
+        return torch.softmax(scores, -1) @ v
+
+    def formula(self, x, keys, values):
+        """The same with a prefix (places, width), from the definition."""
+        q, k, v = (f(x).unflatten(-1, (-1, 6)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        k, v = (torch.cat([p.unflatten(-1, (-1, 6)).transpose(0, 1).expand(len(x), -1, -1, -1), t], 2) for p, t in ((keys, k), (values, v)))
+        scores = torch.einsum("bgrid,bgjd->bgrij", q.unflatten(1, (k.shape[1], -1)), k).flatten(1, 2) / 6**0.5
+        front, own = scores[..., : len(keys)], scores[..., len(keys) :]
+        if self.kind in ("float", "added"):
+            own = own - 0.3 * (x[:, None, :, :1] + x[:, None, None, :, 0])
+        elif self.kind != "none":
+            own = own.masked_fill(torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1), float("-inf"))
+        y = torch.einsum("bgrij,bgjd->bgrid", torch.cat([front, own], -1).softmax(-1).unflatten(1, (k.shape[1], -1)), v).flatten(1, 2)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(
+    "kind, grouped", [("none", False), ("causal", False), ("causal", True), ("native", True), ("bool", True), ("float", False), ("added", True), ("filled", False), ("chosen", False)]
+)
+def test_prefix_under_every_mask(kind, grouped):
+    torch.manual_seed(0)
+    model = Attends(kind, grouped).double()
+    x = torch.randn(3, 7, 24, dtype=torch.float64)
+    live = rewrite(model, {"passes": [{"pass": "prefix_tuning", "length": PLACES}]}, example={"x": x})
+    ((keys, values),) = prefixes(live)
+    assert keys.shape == (PLACES, 12 if grouped else 24)
+    for tensor in (keys, values):
+        nn.init.normal_(tensor)
+    for length in (1, 7, 11):
+        x = torch.randn(2, length, 24, dtype=torch.float64)
+        close(reference=model.formula(x, keys, values), result=live(x=x), drift=EXACT)
+        rejects(reference=model.formula(x, keys.roll(1, 1), values), result=live(x=x), drift=EXACT)
+
+
+def test_prefix_refuses_what_it_cannot_lengthen():
+    x = torch.randn(3, 7, 24)
+    with pytest.raises(Refused, match="its keys are read by einsum"):
+        rewrite(Attends("einsum"), {"passes": [{"pass": "prefix_tuning", "length": 2}]}, example={"x": x})
+    with pytest.raises(Refused, match=r"have 3 and 3 dimensions; a prefix needs \(batch, heads, length, dim\)"):
+        rewrite(base("deberta_v2"), {"passes": [{"pass": "prefix_tuning", "length": 2}]})
+    with pytest.raises(Refused, match="no one value by which the model counts"):
+        rewrite(base("t5"), {"passes": [{"pass": "prefix_tuning", "length": 2, "shift": True}]})
+
+
+# ---- kept and handed on ----------------------------------------------------------------------------------------------------
+
+
+def test_prefix_saved_and_exported(tmp_path):
+    model = build("llama")
+    live = rewrite(model, {"passes": [{"pass": "prefix_tuning", "length": PLACES, "shift": True}]})
+    for keys, values in prefixes(live):
+        nn.init.normal_(keys), nn.init.normal_(values)
+    again = load(model, save(live, tmp_path / "saved"))
+    inputs = example("llama")
+    close(reference=live(**inputs).logits, result=again(**inputs).logits, drift=0.0)
+    rejects(reference=live(**inputs).logits, result=model(**inputs).logits, drift=rounding(torch.float32))
+    report = export_onnx(live, tmp_path / "model.onnx", cache=True)  # compared in ONNX Runtime, an empty cache among the sizes
+    assert report.error is not None and len(report.sizes) == 3
