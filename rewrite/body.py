@@ -71,6 +71,8 @@ def _holds_at_all_sizes(question, ranges):
     """Is what tracing took for granted about one size true of others too? (1 aside: it broadcasts, and its strides mean nothing.)"""
     if len(question.free_symbols) != 1:
         return True
+    if isinstance(question, (sympy.Eq, sympy.Ne)) and sympy.S.One in question.args:
+        return True
     (symbol,) = question.free_symbols
     limits = ranges.get(symbol)
     sizes = [size for size in _SIZES if limits is None or limits.lower <= size <= limits.upper]

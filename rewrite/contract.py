@@ -9,6 +9,8 @@ they need:
     x y                     mlp, attention.block, block
     op(x, w)                the site's own operation with another weight, without bias
     mix(h, m)               m (out × rank) over the channels of h: a 1×1 convolution on a conv, one matrix per expert on experts
+    f(x)                    the site's own body, frozen tensors and earlier passes included, on another x of any length
+    copy(x)                 the same code on tensors of its own, which start as the base's values and train
     norm(y)                 what the norm after the residual add would give, had the sub-layer given y (post-norm models)
     training                the site's own flag
     role index kind fan_in  the site's role; the number of its block; "linear", "conv", "embedding", "experts" or None; inputs of one output
@@ -31,7 +33,7 @@ import torch
 
 REPLACES = {"input": "x", "weight": "w", "bias": "b", "output": "y", "query": "q", "key": "k", "value": "v", "branch": "branch", "stream": "stream", "positions": "positions"}
 #: what a body may ask for beside handles and tensors: functions of the site, and facts of it
-FUNCTIONS = ("op", "mix", "norm")
+FUNCTIONS = ("op", "mix", "norm", "f", "copy")
 FACTS = ("role", "index", "kind", "fan_in", "key_heads")
 
 
@@ -41,13 +43,14 @@ class Pass:
 
     `role` is the default `where`; `drift` the allowed relative change of the output at initialisation (0.0 = bit-equal, None: a change is its nature); `example` a step of a
     spec that shows the pass, `shown_after` the steps that it wants before it; `requires(graph)` gives the reason why the graph is not ready for
-    it, or None. A pass that is not site-shaped defines `apply(self, edit, sites)` instead of nouns.
+    it, or None. `no_grad` names handles that backward must not go beyond: all that they are computed from runs under torch.no_grad. A pass that is not site-shaped defines `apply(self, edit, sites)` instead of nouns.
     """
 
     role: ClassVar[str | list | None] = None
     drift: ClassVar[float | None] = 0.0
     example: ClassVar[dict] = {}
     shown_after: ClassVar[tuple[dict, ...]] = ()
+    no_grad: ClassVar[tuple[str, ...]] = ()
 
     def requires(self, graph):
         """Why the graph is not ready for this pass, or None."""

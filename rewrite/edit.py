@@ -7,12 +7,14 @@ import torch
 from torch import fx, nn
 
 from . import graph as g
+from .backward import without_grad
 from .body import Body, signature
+from .calls.slots import CACHE
 from .contract import FACTS, FUNCTIONS, REPLACES, has_default, wants
 from .errors import Refused
 from .lengthen import growth, lengthen
 from .operation import Again, Operation
-from .region import Region, between
+from .region import Copied, Region, between, body_of
 from .roles.attention import key_heads
 from .tensors import FAILURES, NewTensors
 
@@ -46,6 +48,7 @@ class Edit:
                 self.dtypes.setdefault(real.dtype, value.dtype)
                 self.devices.setdefault(real.device, value.device)
         self.new = NewTensors(self)
+        self.caches = [node for name, node in zip(graph.inputs, graph.placeholders) if name.startswith(f"{CACHE}.")]
 
     # ---- reading ------------------------------------------------------------------------------------------------------
     def live(self, node):
@@ -127,6 +130,10 @@ class Edit:
         norm = next((n for n in add.users if n.target in _NORMS), None) if add is not None and len(add.users) == 1 else None
         return Region((add, norm), start) if norm is not None else None
 
+    def body(self, site):
+        """What the site does between its x and its y, passes so far included, as a region that can be run again; None where there is none."""
+        return body_of(self.handle(site, "x"), self.handle(site, "y"))
+
     def reason(self, site, sites):
         """Why the pass declines a site, or None."""
         options = self.step.options
@@ -137,6 +144,12 @@ class Edit:
                 return "it has no operation on a weight that can be run again on another one"
             if operation.is_grouped:
                 return "its convolution has groups: the rows of another weight would not see all of x"
+        if {"f", "copy"} & asked:
+            body = self.body(site)
+            if body is None:
+                return "there is nothing between its x and its y that could be run again"
+            if (why := body.reason(self.caches)) is not None:
+                return why
         if rows is not None and rows.listed is not None:
             return f"its {len(rows)} rows of the fused projection follow no regular pattern"
         if rows is not None and self._trained(site) and self._covered(site, sites) < rows.total:
@@ -193,6 +206,8 @@ class Edit:
         for name in self._trained(site):
             operation = self.operation(site)
             self.train(operation.weight if operation and name == "w" else operation.bias if operation and name == "b" else site.handles[name].target)
+        for name in options.no_grad:
+            without_grad(self.handle(site, name))
         longer = {noun: self._noun(site, noun, paths) for noun in options.nouns()}
         if any(longer.values()):
             lengthen(self, site, longer)
@@ -309,6 +324,12 @@ class Edit:
         operation = self.operation(site)
         if name == "norm":
             return self.norm_after(site)
+        if name == "f":
+            return self.body(site)
+        if name == "copy":
+            body = self.body(site)
+            copies = self.new.copies(site, body)
+            return Copied(body, {n: self.attribute(copies[n.target]) for n in body.reads if n.target in copies})
         return operation and Again(operation, name)
 
     def _trace(self, site, function, asked, target, names, extras, values, facts, functions, place):
@@ -323,11 +344,16 @@ class Edit:
                 value = operation.standard(value)
             return self._part(site, value, self._dim(operation, name))
 
+        def again(name, f, known, training):
+            if name not in ("f", "copy"):
+                return functools.partial(f.run, known=known)
+            return lambda value: self._part(site, f.run(value, known, training), self._dim(operation, "y"))
+
         def run(*tensors, training):
             raw = dict(zip(names, tensors))
             given = {name: read(name, raw[name]) if name in raw else None for name in asked if name not in ("training", *FUNCTIONS, *FACTS)} | facts
             known = dict(zip(extras, tensors[len(names) :]))
-            given |= {name: functools.partial(f.run, known=known) for name, f in functions.items()}
+            given |= {name: again(name, f, known, training) for name, f in functions.items()}
             given |= {name: training if name == "training" else None for name in asked if name not in given}
             new = function(**given)
             if target in site.layout.turned:
@@ -340,7 +366,7 @@ class Edit:
 
         with self.fake_mode:
             fresh = [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) for v in values]
-        return Body(run, fresh, self.fake_mode, training="training" in asked, marker=self.marker, place=place)
+        return Body(run, fresh, self.fake_mode, training="training" in asked or any(f.flagged for f in functions.values()), marker=self.marker, place=place)
 
     @property
     def marker(self):
@@ -354,7 +380,7 @@ class Edit:
     @staticmethod
     def _dim(operation, name):
         if name == "y":
-            return operation.channel
+            return operation.channel if operation is not None else -1
         return -2 if operation is not None and operation.kind == "experts" and name == "w" else 0
 
     def _replace(self, site, target, current, new, own):

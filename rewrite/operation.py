@@ -185,6 +185,7 @@ class Again:
 
     operation: Operation
     name: str
+    flagged = False  # does it read whether the model trains?
 
     @property
     def reads(self):

@@ -7,11 +7,13 @@ import copy
 import dataclasses
 import time
 
+from .backward import lost_gradient
 from .capture.model import capture
 from .edit import Edit
 from .emit.live import make_live
 from .errors import Refused
 from .fingerprint import fingerprint
+from .graph import attribute
 from .report import Applied, Report, Size
 from .roles.find import Roles, roles
 from .spec import Spec
@@ -89,7 +91,19 @@ def _apply_steps(graph, steps, seed, report, donate=False):
                 found[number] = roles(edit.graph)
         for part, record, text in zip(graphs, records, texts):
             verify(part, record, step.method, text)
+            _refuse_lost_gradients(part, step)
         report.applied.append(Applied(step.method, step.name, step.place, sites, refused, before, Size.of(graph.root), time.perf_counter() - start))
+
+
+def _refuse_lost_gradients(graph, step):
+    trains = lambda path: getattr(attribute(graph.root, path), "requires_grad", False)  # noqa: E731
+    lost = lost_gradient(graph, trains)
+    if lost is not None:
+        path, node = lost
+        raise Refused(
+            f"{step.place}: {step.method}: @{path} is to train, and what it makes is read (by %{node.name}) in a part that runs without gradients: "
+            "it would never change.  Freeze it, narrow \"where\", or leave out the pass that keeps backward out of that part."
+        )
 
 
 def _picked(step, found, inner):
@@ -111,6 +125,8 @@ def _run(edits, picked, inner):
         done = [tuple(options.apply(edit, sites)) for edit, sites in zip(edits, picked)]
         return tuple(site for number in inner for site in done[number]), ()
     reasons = [[(site, edit.reason(site, sites)) for site in sites] for edit, sites in zip(edits, picked)]
+    whole = {(site.name, site.role): reason for part in reasons for site, reason in part if reason}  # a site that one call cannot have, no call has
+    reasons = [[(site, whole.get((site.name, site.role))) for site, _ in part] for part in reasons]
     refused = [(site, reason) for number in inner for site, reason in reasons[number] if reason]
     total = sum(len(picked[number]) for number in inner)
     if refused and (not step.allow_refusals or len(refused) == total):

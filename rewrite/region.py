@@ -1,28 +1,87 @@
-"""Parts of a graph between two values: what lies on the ways, and a part as a function that can be run again."""
+"""Parts of a graph between two values: what lies on the ways, and a part as a function that can be run again.
 
+    h = up(x); y = down(silu(h))   -->   f(x), and copy(x): the same code on tensors of its own
+
+Sizes follow the value that is handed in: a body that views `(batch, length, …)` serves another length too.
+"""
+
+import torch
 from torch import fx
+
+from .graph import count, expression
+
+_SIZE = torch.ops.aten.sym_size.int
 
 
 class Region:
-    """Some nodes of the graph in order, as a function of one value (`start`) that can be run again on another."""
+    """Some nodes of the graph in order, as a function of one value (`start`) that can be run again on another.
+
+    `reads` are the tensors that it takes from the graph; sizes and dtypes are reckoned anew, flags of modules follow `training`.
+    """
 
     def __init__(self, nodes, start):
-        self.nodes, self.start = nodes, start
-        self.reads = tuple(dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in nodes and n is not start))
+        self.nodes, self.start = _with_sizes(nodes, start), start
+        inside = {start, *self.nodes}
+        given = dict.fromkeys(n for node in self.nodes for n in node.all_input_nodes if n not in inside)
+        self.reads = tuple(n for n in given if not _is_flag(n))
+        self.flagged = len(self.reads) < len(given)
+        own = {expression(size): dim for dim, size in reversed(list(enumerate(start.meta["val"].shape))) if not isinstance(expression(size), int)}
+        self.sizes = {n: own[e] for n in self.nodes if n.target is _SIZE and n.args[0] not in inside and (e := expression(n.meta["val"])) in own}
 
     @property
     def static(self):
         """What a traced body holds of it as constants, hashable."""
         at = {n: f"%{i}" for i, n in enumerate((self.start, *self.reads, *self.nodes))}
-        return tuple((n.target, repr(fx.node.map_arg((n.args, n.kwargs), lambda a: at[a]))) for n in self.nodes)
+        return tuple((n.target, self.sizes.get(n), repr(fx.node.map_arg((n.args, n.kwargs), lambda a: at.get(a, "training")))) for n in self.nodes)
 
-    def run(self, value, known):
+    def run(self, value, known, training=False):
         """The last node's value at `value`; `known` gives each node of `reads`."""
         env = {**known, self.start: value}
         for node in self.nodes:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
+            if node in self.sizes:
+                env[node] = value.shape[self.sizes[node]]
+                continue
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: training if _is_flag(n) else env[n])
             env[node] = node.target(*args, **kwargs)
         return env[self.nodes[-1]]
+
+    def reason(self, caches=()):
+        """Why it cannot be run a second time, or None. `caches`: the inputs of the graph that hold keys and values of earlier calls."""
+        for node in self.nodes:
+            if node.op == "call_module":
+                return f"its body calls {node.target}, which could not be captured"
+            if node.target is count or (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable):
+                return f"its body writes into a tensor ({node.name}), and a second run would write once more"
+        if set(self.reads) & set(caches):
+            return "its body attends to a cache that holds the keys and values of one run of it; a second run would need a cache of its own"
+        return None
+
+
+class Copied:
+    """A region on tensors of its own: `own` maps the nodes of its base tensors to those of the copies."""
+
+    def __init__(self, region, own):
+        self.region, self.own, self.flagged = region, own, region.flagged
+        self.reads = tuple(own.get(n, n) for n in region.reads)
+
+    @property
+    def static(self):
+        return self.region.static
+
+    def run(self, value, known, training=False):
+        return self.region.run(value, {n: known[self.own.get(n, n)] for n in self.region.reads}, training)
+
+
+def body_of(start, end):
+    """The Region from a value to one that is computed from it; None where there is none."""
+    if start is None or end is None or start is end:
+        return None
+    behind = between([start], end)
+    ahead = {start}
+    for node in sorted(behind):
+        if any(source in ahead for source in node.all_input_nodes):
+            ahead.add(node)
+    return Region(sorted(ahead - {start}), start) if end in ahead else None
 
 
 def between(starts, end):
@@ -35,3 +94,18 @@ def between(starts, end):
         found.add(node)
         todo += node.all_input_nodes
     return found
+
+
+def _with_sizes(nodes, start):
+    """The nodes, and those before them that give no tensor (sizes, dtypes): these are reckoned where they are needed."""
+    found, todo = set(nodes), list(nodes)
+    while todo:
+        for source in todo.pop().all_input_nodes:
+            if source not in found and source is not start and source.op == "call_function" and not isinstance(source.meta.get("val"), torch.Tensor):
+                found.add(source)
+                todo.append(source)
+    return tuple(sorted(found))
+
+
+def _is_flag(node):
+    return node.op == "get_attr" and node.target.rpartition(".")[2] == "training"

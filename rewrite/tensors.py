@@ -38,6 +38,23 @@ class NewTensors:
             self._claim(site, base)
         return known
 
+    def copies(self, site, region):
+        """Tensors of their own for a site's body, path in the model → path of the copy; they start as the base's values, and train.
+
+        Refused where the body reads none that could train (its weights are quantised, or folded into something else).
+        """
+        base = f"{self.base(site)}.copy"
+        known = self.memo.setdefault(("copies", self.step.place, base), {})
+        within = f"{site.owner}." if site.owner else ""
+        for node in region.reads:
+            value = g.attribute(self.edit.graph.root, node.target) if node.op == "get_attr" else None
+            if isinstance(value, nn.Parameter) and value.is_floating_point() and node.target not in known:
+                known[node.target] = self._install(f"{base}.{node.target.removeprefix(within)}", value.detach().clone())
+        if not known:
+            raise Refused(f"{self.step.place}: {self.kind} at {site}: its body reads no tensor that a copy could train.")
+        self._claim(site, base)
+        return known
+
     def _claim(self, site, base):
         other = self.taken.setdefault((base, site.call), site)
         if other is not site and (site.weight is None or (other.weight, other.layout.rows) != (site.weight, site.layout.rows)):

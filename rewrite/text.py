@@ -49,7 +49,7 @@ def line(node, root=None, roles=None):
         given = ", ".join([*(arg(a) for a in node.args), *(f"{k}={arg(v)}" for k, v in node.kwargs.items())])
         text = f"%{node.name} = {'self.' + node.target if node.op == 'call_module' else _target(node)}({given})"
     role = node.meta.get("role") or (roles or {}).get(node, "")
-    return f"{text}  {_type(node.meta.get('val'))}  {role}".rstrip()
+    return f"{text}  {_type(node.meta.get('val'))}  {role}  {node.meta.get('region', '')}".rstrip()
 
 
 def show(graph, roles=None):

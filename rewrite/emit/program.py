@@ -64,7 +64,7 @@ def example(graph):
 
 def _module(graph):
     """A module with the tree of a graph's root (so that tensors keep their names) whose forward is the whole graph; outputs by name."""
-    run = compiled(top_source(outline(graph), graph.root, graph.name))
+    run = compiled(top_source(outline(graph), graph.root, graph.name, regions=False))
     names = [node.name for node in graph.placeholders]
 
     def forward(self, **inputs):

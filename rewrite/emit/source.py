@@ -14,6 +14,7 @@ from collections import Counter
 import torch
 from torch import fx, nn
 
+from ..backward import REGION
 from ..graph import HOST, attribute, count, device_of, dtype_of, least, select
 from .native import SPECIAL, native, with_reduction
 from .outline import Piece, is_size
@@ -26,14 +27,14 @@ HOST_INFIX = {
 _LITERALS = (bool, int, float, complex, str, torch.dtype, torch.layout, torch.memory_format)
 
 
-def top_source(outline, root, name, owner="", bodies=None):
+def top_source(outline, root, name, owner="", bodies=None, regions=True):
     """The source of a top: `forward(self, <inputs>)` of the module at path `owner`, giving one flat tuple.
 
-    `bodies`: piece → the name of the body that its block runs, None for the block's first.
+    `bodies`: piece → the name of the body that its block runs, None for the block's first. `regions`: print what backward leaves out.
     """
     module = attribute(root, owner)
     writer = _Writer(outline.inputs, outline.steps, outline.sizes, module, owner)
-    writer.bodies, writer.tied, writer.whole = bodies or {}, _tied(root, owner), root
+    writer.bodies, writer.tied, writer.whole, writer.regions = bodies or {}, _tied(root, owner), root, regions
     return writer.source(f"{type(module).__name__}, {name}", outline.result, is_top=True)
 
 
@@ -50,7 +51,7 @@ class _Writer:
         self.inputs, self.sizes, self.root = inputs, sizes, root
         self.prefix = prefix + "." if prefix else ""
         self.steps = [s for s in steps if isinstance(s, Piece) or s not in sizes]
-        self.bodies, self.tied, self.whole = {}, {}, None
+        self.bodies, self.tied, self.whole, self.regions = {}, {}, None, True
         self.bindings, self.used, self.names, self.modules, self.lines = {}, set(), {}, {}, []
         self.counters, self.taken = {}, {"self", "torch", "math", "inf", "nan"}
 
@@ -66,13 +67,18 @@ class _Writer:
         parameters = [self.names[n] for n in self.inputs]
         self.plan()
         self.count_reads()
-        place = None
+        place, region = None, None
         for i, step in enumerate(self.steps):
+            if (inside := self.region(step, region)) != region:
+                region, place = inside, None
+                self.lines += ["with torch.no_grad():"] if region else []
+            start = len(self.lines)
             if (here := self.place(step)) != place:
                 place = here
                 self.lines.append(f"# {place}" if place else "#")
             self.statement(step)
             self.release(i)
+            self.lines[start:] = [f"    {line}" if region else line for line in self.lines[start:]]
         returned = self.value(result)
         head = [f'"""{title}."""', "import torch"] + [f"{name} = {target}" for name, target in sorted(self.bindings.items()) if name in self.used]
         body = "\n    ".join(self.lines + [f"return {returned}"])
@@ -261,6 +267,12 @@ class _Writer:
         dead = [a for a in ended if isinstance(a.meta.get("val"), torch.Tensor)]
         if dead:
             self.lines[-1] += f"; del {', '.join(self.names[a] for a in dead)}"
+
+    def region(self, step, before):
+        """The region of a step that the source says ("no_grad" or None); what touches no tensor stays in that of the step before."""
+        if not self.regions or isinstance(step, Piece):
+            return None
+        return before if _is_host(step) else step.meta.get(REGION)
 
     def place(self, step):
         """Where a step comes from, for the comment above it: a module's path, and the pass that made it."""

@@ -1,0 +1,241 @@
+"""A site's own body run again, values threaded from site to site, parts without gradients, and the bytes that wait for backward.
+
+The formulas are written anew, in float64, on the tensors of the live model; each check has a twin that it must reject.
+"""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import transformers as T
+from checks import TOYS, captured, close, model_of, rejects, rounding, tensor_of, wake
+from torch import fx
+from torch.nn import functional as F
+
+from rewrite import Pass, Refused, Spec, kept, pipeline, rewrite, roles, show, source
+
+EXACT = rounding(torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def capture_once(monkeypatch):
+    monkeypatch.setattr(pipeline, "capture", captured)
+
+
+def live_of(toy, *steps, passes=()):
+    spec = Spec.parse({"passes": list(steps)}, passes=passes)
+    return rewrite(model_of(toy), spec, example=TOYS[toy].inputs(2, 7))
+
+
+def encoder(**more):
+    """A bidirectional encoder of transformers, with dropout."""
+    sizes = dict(vocab_size=20, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=56, max_position_embeddings=64)
+    torch.manual_seed(0)
+    return T.BertForSequenceClassification(T.BertConfig(**sizes, num_labels=3, initializer_range=0.2, **more)).eval()
+
+
+def gpt2():
+    torch.manual_seed(0)
+    model = T.GPT2LMHeadModel(T.GPT2Config(vocab_size=20, n_positions=64, n_embd=24, n_layer=2, n_head=4, initializer_range=0.2)).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_()
+    return model
+
+
+# ---- f and copy ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Twice(Pass):
+    """y = f(x) --> y = f(x) + gain * f([x, x0]).mean(1)"""
+
+    role = "mlp"
+
+    def params(self, y):
+        return {"gain": y.new_ones(1)}
+
+    def output(self, x, y, f, gain):
+        return y + gain * f(torch.cat([x, x[:, :1]], 1)).mean(1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Again(Pass):
+    """y = f(x) --> y = f(x) + gain * f(x)"""
+
+    role = "linear"
+
+    def params(self, y):
+        return {"gain": y.new_ones(1)}
+
+    def output(self, x, y, f, gain):
+        return y + gain * f(x)
+
+
+def gated_mlp(x, module):
+    return F.linear(F.silu(F.linear(x, module.gate_proj.weight)) * F.linear(x, module.up_proj.weight), module.down_proj.weight)
+
+
+def test_f_runs_on_another_length():
+    """GPT-2's linears see their input as (batch · length, width), so its body is full of sizes: those of the value that it is given."""
+    model = gpt2()
+    live = wake(rewrite(model, Spec.parse({"passes": [{"pass": "twice"}]}, passes=[Twice])).double())
+    mlp, gain = live.transformer.h[1].mlp, tensor_of(live, "transformer.h.1.mlp.twice.default.gain")
+    body = lambda x: F.gelu(x @ mlp.c_fc.weight + mlp.c_fc.bias, approximate="tanh") @ mlp.c_proj.weight + mlp.c_proj.bias
+    for batch, length in ((2, 7), (3, 12)):
+        x = torch.randn(batch, length, 24, dtype=torch.float64)
+        result = run_site(live, model, "mlp", 1, x)
+        close(reference=body(x) + gain * body(torch.cat([x, x[:, :1]], 1)).mean(1, keepdim=True), result=result, drift=EXACT)
+        rejects(reference=body(x) + gain * body(x).mean(1, keepdim=True), result=result, drift=EXACT)
+
+
+def run_site(live, model, role, number, x):
+    """The value that a site gives now (after the passes) at another input, node by node."""
+    site = [site for site in roles(captured(model)) if site.role == role][number]
+    nodes = {node.name: node for node in live.graph.nodes}
+    end, env = nodes[site.node.name], {node: x[..., 0] for node in live.graph.placeholders} | {nodes[site.handles["x"].name]: x}
+    while "live" in end.meta:
+        end = nodes[end.meta["live"]]
+
+    def value(node):
+        if node not in env:
+            env[node] = tensor_of(live, node.target) if node.op == "get_attr" else node.target(*fx.node.map_arg(node.args, value), **fx.node.map_arg(node.kwargs, value))
+        return env[node]
+
+    return value(end)
+
+
+@pytest.mark.parametrize("where", ["attention.q", "mlp.up", "head"])
+def test_f_of_a_linear_is_the_linear_with_its_bias(where):
+    live = wake(live_of("gated", {"pass": "lora", "where": where, "rank": 3}, {"pass": "again", "where": where}, passes=[Again]).double())
+    with_lora = wake(live_of("gated", {"pass": "lora", "where": where, "rank": 3}).double())
+    for path in with_lora.report.made:
+        with torch.no_grad():
+            tensor_of(with_lora, path).copy_(tensor_of(live, path))
+    gains = [path for path in live.report.made if path.endswith(".gain")]
+    with torch.no_grad():
+        for path in gains:
+            tensor_of(live, path).fill_(-0.5)
+        doubled = live_of("gated", {"pass": "lora", "where": where, "rank": 3}).double()
+        for path in doubled.report.made:
+            tensor_of(doubled, path).copy_(tensor_of(live, path))
+        module = {"attention.q": [layer.self_attn.q_proj for layer in doubled.model.layers], "mlp.up": [layer.mlp.up_proj for layer in doubled.model.layers], "head": [doubled.lm_head]}[where]
+        for one in module:  # y + (-1/2) y: everything that the linear adds up is halved, its bias and its adapter too
+            one.weight.data = one.weight.data * 0.5
+            if one.bias is not None:
+                one.bias.data = one.bias.data * 0.5
+            one.lora.default.up.mul_(0.5)
+    close(reference=TOYS["gated"].output(doubled), result=TOYS["gated"].output(live), drift=EXACT)
+    rejects(reference=TOYS["gated"].output(with_lora), result=TOYS["gated"].output(live), drift=EXACT)
+
+
+def test_f_of_one_part_of_a_fused_projection():
+    model = gpt2().double()
+    ids = TOYS["gated"].inputs(2, 7)["input_ids"]
+    live = rewrite(model, Spec.parse({"passes": [{"pass": "again", "where": "attention.v"}]}, passes=[Again]))
+    with torch.no_grad():
+        result = live(ids).logits
+        for block in model.transformer.h:
+            block.attn.c_attn.weight.data[:, 48:] *= 2
+            block.attn.c_attn.bias.data[48:] *= 2
+        close(reference=model(ids).logits, result=result, drift=EXACT)
+        model.transformer.h[0].attn.c_attn.bias.data[48:] *= 2
+        rejects(reference=model(ids).logits, result=result, drift=EXACT)
+
+
+def test_dropout_inside_a_body_follows_training():
+    live = rewrite(encoder(hidden_dropout_prob=0.5), Spec.parse({"passes": [{"pass": "again", "where": "attention.block"}]}, passes=[Again]))
+    ids = TOYS["gated"].inputs(2, 7)
+    with torch.no_grad():
+        assert torch.equal(live(**ids).logits, live(**ids).logits)
+        live.train()
+        assert not torch.equal(live(**ids).logits, live(**ids).logits)
+    body = source(live, "bert.encoder.layer.0")
+    assert body.count("dropout") >= 3 and "dropout_p" in body or body.count("training") >= 3
+
+
+def test_a_body_with_a_cache_is_refused():
+    with pytest.raises(Refused, match="attends to a cache"):
+        live_of("gated", {"pass": "side_tuning", "where": "attention.block"})
+    live_of("written", {"pass": "side_tuning", "where": ["attention.block", "block"]})
+
+
+def test_a_copy_trains_and_the_frozen_body_stays():
+    live = wake(live_of("gated", {"pass": "side_tuning", "where": "mlp"}).double(), size=0.5)
+    x = torch.randn(3, 5, 24, dtype=torch.float64)
+    mlp = live.model.layers[0].mlp
+    blend, side = torch.sigmoid(mlp.side_tuning.default.gate), mlp.side_tuning.default.copy
+    close(reference=blend * gated_mlp(x, mlp) + (1 - blend) * gated_mlp(x, side), result=run_site(live, model_of("gated"), "mlp", 0, x), drift=EXACT)
+    rejects(reference=blend * gated_mlp(x, mlp) + (1 - blend) * gated_mlp(x, mlp), result=run_site(live, model_of("gated"), "mlp", 0, x), drift=EXACT)
+    assert {path.partition(".copy.")[2] for path in live.report.made} == {"", "gate_proj.weight", "up_proj.weight", "down_proj.weight"}
+    assert all(parameter.requires_grad == ("side_tuning" in name) for name, parameter in live.named_parameters())
+
+
+# ---- parts without gradients ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tap(Pass):
+    """The last mlp's output is read without gradients, and what trains comes after it."""
+
+    role = "head"
+    no_grad = ("x",)
+
+    def params(self, x):
+        return {"gain": x.new_zeros(x.shape[-1])}
+
+    def input(self, x, gain):
+        return x * (1 + gain)
+
+
+def test_the_part_below_runs_without_gradients():
+    live = live_of("gated", {"pass": "tap"}, passes=[Tap])
+    assert "with torch.no_grad():" in source(live) and "with torch.no_grad():" in source(live, "model.layers.0")
+    assert show(live.graph).count("no_grad") > 50
+    live.requires_grad_(True)  # whatever a user does: backward ends where the pass said
+    TOYS["gated"].loss(live).backward()
+    assert live.lm_head.weight.grad is not None
+    assert all(parameter.grad is None for name, parameter in live.named_parameters() if "layers" in name)
+    again = rewrite(model_of("gated"), {"passes": []}).requires_grad_(True)
+    TOYS["gated"].loss(again).backward()
+    assert all(parameter.grad is not None for name, parameter in again.named_parameters() if "layers" in name)
+
+
+def test_a_tensor_that_trains_below_is_refused():
+    tap = {"pass": "tap"}
+    for steps in ([{"pass": "lora", "where": "attention.q", "rank": 2}, tap], [tap, {"pass": "lora", "where": "attention.q", "rank": 2}], [tap, {"pass": "unfreeze", "where": "norm"}]):
+        with pytest.raises(Refused, match="a part that runs without gradients: it would never change"):
+            live_of("gated", *steps, passes=[Tap])
+    live_of("gated", tap, {"pass": "lora", "where": "head", "rank": 2}, passes=[Tap])
+    live_of("gated", {"pass": "lora", "where": "attention.q", "rank": 2}, {"pass": "freeze", "where": "model"}, tap, passes=[Tap])
+
+
+def test_parts_without_gradients_compile_copy_and_train():
+    import copy
+
+    live = wake(live_of("gated", {"pass": "tap"}, passes=[Tap]))
+    TOYS["gated"].loss(live).backward()
+    twin = copy.deepcopy(live)
+    twin.zero_grad()
+    compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)
+    TOYS["gated"].loss(compiled).backward()
+    close(reference=live.lm_head.tap.default.gain.grad, result=twin.lm_head.tap.default.gain.grad, drift=rounding(torch.float32))
+
+
+# ---- bytes that wait for backward ----------------------------------------------------------------------------------------
+
+
+def saved(live, toy="gated", batch=4, length=9):
+    live.train()
+    with kept(live) as found:
+        TOYS[toy].run(live, batch, length)
+    return found
+
+
+def test_lora_fa_keeps_what_its_first_matrix_gives():
+    """With the first matrix frozen x is not kept for it; the widths tell them apart."""
+    where, width = {"role": "mlp.down", "path": "layers.1.**"}, 56  # its x comes from frozen values alone, and is kept only for the first matrix
+    fa, lora = (saved(live_of("gated", {"pass": name, "where": where, "rank": 3})) for name in ("lora_fa", "lora"))
+    assert any(shape[-1] == width for shape in lora.shapes) and any(shape[-1] == 3 for shape in lora.shapes)
+    assert not any(shape[-1] == width for shape in fa.shapes) and any(shape[-1] == 3 for shape in fa.shapes)
+    assert fa.bytes < lora.bytes
