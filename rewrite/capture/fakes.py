@@ -118,12 +118,13 @@ def export_patches(model):
     from transformers.exporters.utils import _PATCHES, patch_attributes
 
     found = []
-    for path, name, factory in _PATCHES.get("dynamo", ()):
-        parts = path.split(".")
-        depth = next((k for k in range(len(parts), 0, -1) if ".".join(parts[:k]) in sys.modules), 0)
-        owner = sys.modules.get(".".join(parts[:depth]))
-        for part in parts[depth:]:
-            owner = vars(owner).get(part) if owner is not None else None
+    for owner, name, factory in _PATCHES.get("dynamo", ()):
+        if isinstance(owner, str):  # newer transformers: a dotted path, so that nothing is imported for it; older: the object itself
+            parts = owner.split(".")
+            depth = next((k for k in range(len(parts), 0, -1) if ".".join(parts[:k]) in sys.modules), 0)
+            owner = sys.modules.get(".".join(parts[:depth]))
+            for part in parts[depth:]:
+                owner = vars(owner).get(part) if owner is not None else None
         if owner is not None and name in vars(owner):
             found.append((owner, name, factory))
     with patch_attributes(found):

@@ -28,6 +28,7 @@ from torch.fx.experimental.proxy_tensor import (
     PythonKeyTracer,
     TorchFunctionMetadataMode,
     _ProxyTensor,
+    decompose,
     disable_autocast_cache,
     disable_proxy_modes_tracing,
     fake_signature,
@@ -330,14 +331,14 @@ def trace(model, variant, *, training=False, cast=lambda dtype: dtype, seed=0, l
             return tuple(flat)
 
         decompositions = {aten.sym_numel.default: torch._decomp.decompositions.sym_numel}
-        mode = Casts(tracer, "real", pre_dispatch=True, decomposition_table=decompositions)
+        mode = Casts(tracer, "real", pre_dispatch=True)
         holes = tuple(fx._symbolic_trace.PH for _ in fakes)
         with contextlib.ExitStack() as stack:
             for context in (
                 own_randomness(seed), torch.enable_grad(), export_patches(model), fake_mode,
                 _NonStrictTorchFunctionHandler(), tracing(TracingContext(fake_mode)), _override_builtin_ops(), _compiling_state_context(),
                 enable_python_dispatcher(), PreDispatchTorchFunctionMode(tracer), TorchFunctionMetadataMode(tracer), Reads(tracer),
-                mode, disable_autocast_cache(),
+                mode, decompose(decompositions), disable_autocast_cache(),
             ):  # fmt: skip
                 stack.enter_context(context)
             try:
