@@ -22,6 +22,24 @@ A noun names the value that it replaces: `input` x, `weight` w, `bias` b, `outpu
 whose value a site does not have is left out there, and so is one that returns its value as it is. `key` and `value` may put more places in
 front (`in_front`), both as many: masks and biases grow with them, and a cache keeps the model's own keys. `positions` is replaced once for the
 whole model.
+
+What happens while training is said in hooks (`rewrite.training` calls them, once per optimizer step). They ask by name for
+
+    sites                   all sites of the step as views: `.path`, `.role`, `.w`, and each tensor by its name
+    <name>                  a tensor of `shared`
+    done generator          optimizer steps that the model has seen; a generator seeded by (spec seed, site, done)
+    lr optimizer            lr(tensor) is its learning rate; the optimizer itself
+    forward forwards loss   run the model: one micro-batch and all of them (prepare, loss); the mean loss of the step (step)
+
+    prepare(sites, forwards)    before training: scores, masks, calibration
+    before_forward(sites, …)    the choices of this step: write them into frozen tensors, whose shapes stay
+    loss(forward, …)            the loss of a micro-batch, where the model's own is not enough
+    penalty(sites, …)           a scalar beside the loss, a differentiable function of the step's tensors
+    after_backward(sites, …)    gradients are there: mask or scale them
+    step(loss, lr, …)           instead of backward and the optimizer's step
+    after_step(sites, …)        the optimizer has stepped, the gradients are still there
+    groups()                    factors of the learning rate, by name of tensor
+    choose(sites, …)            a choice made by hand, `rewrite.training(live).choose(rank=4)`: its own arguments are the keywords
 """
 
 import functools
@@ -35,6 +53,7 @@ REPLACES = {"input": "x", "weight": "w", "bias": "b", "output": "y", "query": "q
 #: what a body may ask for beside handles and tensors: functions of the site, and facts of it
 FUNCTIONS = ("op", "mix", "norm", "f", "copy")
 FACTS = ("role", "index", "kind", "fan_in", "key_heads")
+HOOKS = ("prepare", "before_forward", "loss", "penalty", "after_backward", "step", "after_step", "groups", "choose")
 
 
 @dataclass(frozen=True)
@@ -43,7 +62,9 @@ class Pass:
 
     `role` is the default `where`; `drift` the allowed relative change of the output at initialisation (0.0 = bit-equal, None: a change is its nature); `example` a step of a
     spec that shows the pass, `shown_after` the steps that it wants before it; `requires(graph)` gives the reason why the graph is not ready for
-    it, or None. `no_grad` names handles that backward must not go beyond: all that they are computed from runs under torch.no_grad. A pass that is not site-shaped defines `apply(self, edit, sites)` instead of nouns.
+    it, or None. `no_grad` names handles that backward must not go beyond: all that they are computed from runs under torch.no_grad.
+    A pass that is not site-shaped defines `apply(self, edit, sites)` instead of nouns. `choices` are the frozen tensors that a hook
+    writes for each step and that the nouns read in training alone.
     """
 
     role: ClassVar[str | list | None] = None
@@ -51,6 +72,7 @@ class Pass:
     example: ClassVar[dict] = {}
     shown_after: ClassVar[tuple[dict, ...]] = ()
     no_grad: ClassVar[tuple[str, ...]] = ()
+    choices: ClassVar[tuple[str, ...]] = ()
 
     def requires(self, graph):
         """Why the graph is not ready for this pass, or None."""
@@ -71,6 +93,19 @@ class Pass:
     def trains(self):
         """Names of handles whose base tensor the pass lets train."""
         return ()
+
+    def writes(self):
+        """Names of handles whose base tensor a hook writes: the live model gets a copy of its own, which does not train and is saved."""
+        return ()
+
+    def remembers(self):
+        """What hooks remember of a site between steps, by name: buffers that no noun reads. Asks like `params`, and for the tensors of `params`."""
+        return {}
+
+    @classmethod
+    def hooks(cls):
+        """The hooks that this pass defines, in the order of HOOKS."""
+        return tuple(name for name in HOOKS if hasattr(cls, name))
 
     @classmethod
     def nouns(cls):

@@ -154,6 +154,8 @@ class Edit:
             return f"its {len(rows)} rows of the fused projection follow no regular pattern"
         if rows is not None and self._trained(site) and self._covered(site, sites) < rows.total:
             return "its bias is one tensor for the whole fused projection: name all of its parts, for example attention.{q,k,v}"
+        if "w" in options.writes(**self.given(site, options.writes)) and self._is_read_elsewhere(site, sites):
+            return "its weight is tied: another operation would see what is written into it"
         lacking = next((n for n in wants(options.params) if n in _LACKING and self.value(site, n) is None), None)
         if lacking is not None:
             return f"it has no {_LACKING[lacking]}"
@@ -161,6 +163,12 @@ class Edit:
             return options.refuse(**self.given(site, options.refuse))
         except FAILURES as error:
             raise Refused(f"{self.kind} at {site.path}: refuse() fails here: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
+
+    def _is_read_elsewhere(self, site, sites):
+        """Is the site's weight also that of an operation which is none of the chosen sites?"""
+        names = names_of(self.graph.root, g.attribute(self.graph.root, self.operation(site).weight))
+        chosen = {other.operation for other in sites}
+        return any(found.weight in names and found.node not in chosen for node in self.graph.nodes if (found := Operation.of(node)) is not None)
 
     def _trained(self, site):
         return self.step.options.trains(**self.given(site, self.step.options.trains))
@@ -204,8 +212,9 @@ class Edit:
         own = self.new.of(site)
         paths = {**shared, **own}
         for name in self._trained(site):
-            operation = self.operation(site)
-            self.train(operation.weight if operation and name == "w" else operation.bias if operation and name == "b" else site.handles[name].target)
+            self.train(self._stored(site, name))
+        for name in options.writes(**self.given(site, options.writes)):
+            self.own(self._stored(site, name))
         for name in options.no_grad:
             without_grad(self.handle(site, name))
         longer = {noun: self._noun(site, noun, paths) for noun in options.nouns()}
@@ -220,11 +229,26 @@ class Edit:
         parameter = g.attribute(self.graph.root, path)
         if not parameter.is_floating_point():
             raise Refused(f"{self.kind} at {path}: a tensor of {parameter.dtype} cannot be trained")
-        if path not in self.report.trains:
-            if not self.memo.get("donate"):
-                parameter.data = parameter.data.clone()
-            self.report.trains.update(names_of(self.graph.root, parameter))
+        self.own(path)
+        self.report.trains.update(names_of(self.graph.root, parameter))
         parameter.requires_grad_(True)
+
+    def own(self, path):
+        """Give the live model a copy of a base tensor of its own (unless it was donated): a hook, or training, will write it."""
+        parameter = g.attribute(self.graph.root, path)
+        if path in self.report.trains or path in self.report.written:
+            return
+        if not parameter.is_floating_point():
+            raise Refused(f"{self.kind} at {path}: a tensor of {parameter.dtype} cannot be written while training")
+        if not self.memo.get("donate"):
+            parameter.data = parameter.data.clone()
+        self.report.written.update(names_of(self.graph.root, parameter))
+
+    @staticmethod
+    def _stored(site, name):
+        """The path of the base tensor behind a handle."""
+        operation = Edit.operation(site)
+        return operation.weight if operation and name == "w" else operation.bias if operation and name == "b" else site.handles[name].target
 
     def freeze(self, path):
         """Keep a tensor, base or new, from training."""

@@ -11,6 +11,7 @@ from . import graph as g
 from .operation import Operation
 from .edit import names_of
 from .errors import Refused
+from .hooks import forget
 
 #: How far from affine float64 rounding may look, relative to the RMS of the values.
 ROUNDING = 1e-9
@@ -209,6 +210,7 @@ def fold(edit, *, partial=False):
     for path in [p for p in edit.made if p not in left]:
         g.remove(graph.root, path)
         del edit.made[path]
+    forget(edit.report, graph.root)
     edit.restructured = True
     return [(region.path, "linear") for region in folding]
 

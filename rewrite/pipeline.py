@@ -83,6 +83,8 @@ def _apply_steps(graph, steps, seed, report, donate=False):
         if reason:
             raise Refused(f"{step.place}: {step.method}: {reason}")
         edits = [Edit(part, sites, graphs, step, seed, report, memo) for part, sites in zip(graphs, found)]
+        if step.options.hooks():
+            edits[0].new.hooked()
         texts = [show(part) for part in graphs]  # for the picture in a Broken; 11 µs a node
         picked = _picked(step, found, inner)
         sites, refused = _run(edits, picked, inner)

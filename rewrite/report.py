@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .hooks import Hooked
+
 
 @dataclass(frozen=True)
 class Size:
@@ -45,17 +47,20 @@ class Applied:
 class Report:
     """The report of one rewrite.
 
-    `made` maps each new tensor's path to the pass that made it; `trains` are the base tensors that the spec lets train; `folded` those
-    whose values a merge changed, `biases` the bias that a merge had to make for a weight; `opaque` the modules that stayed one call, with the reason; `notes` fall-backs.
+    `made` maps each new tensor's path to the pass that made it; `trains` are the base tensors that the spec lets train, `written` those that are copies of the live model's own; `folded` those
+    whose values a merge changed, `biases` the bias that a merge had to make for a weight; `opaque` the modules that stayed one call, with the reason; `notes` fall-backs. `hooked` are the steps that do something while training, by place; `memory` the buffers that they remember things in.
     """
 
     applied: list[Applied] = field(default_factory=list)
     made: dict[str, str] = field(default_factory=dict)
     trains: set[str] = field(default_factory=set)
+    written: set[str] = field(default_factory=set)
     folded: set[str] = field(default_factory=set)
     biases: dict[str, str] = field(default_factory=dict)
     opaque: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    hooked: dict[str, Hooked] = field(default_factory=dict)
+    memory: set[str] = field(default_factory=set)
 
     def table(self):
         """A rich table: a row per pass."""
@@ -79,6 +84,8 @@ class Report:
             for step in self.applied:
                 for path, reason in step.refused:
                     console.print(f"refused  {step.method} at {path}: {reason}", highlight=False)
+            for hooked in self.hooked.values():
+                console.print(f"training {hooked.step.method} ({hooked.step.name}): {', '.join(hooked.step.options.hooks())}", highlight=False)
             for path, reason in self.opaque.items():
                 console.print(f"opaque   {path}: {reason}", highlight=False)
             for note in self.notes:

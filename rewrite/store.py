@@ -36,7 +36,7 @@ def save(live, folder):
     The folder appears, or replaces an earlier one of this kind, only when it is complete. Raises Refused for a model that did not come
     from `rewrite`, values that are NaN or infinite, a folder that holds anything else, or one that cannot be written.
     """
-    live = _unwrapped(live)
+    live = unwrapped(live)
     folder = Path(folder)
     dtype, tensors = _differing(live)
     _refuse_not_finite(tensors, "was not saved: did the training diverge?")
@@ -52,12 +52,12 @@ def save(live, folder):
     return folder
 
 
-def _unwrapped(live):
-    """The live model itself, out of torch.compile's or DistributedDataParallel's wrapper."""
+def unwrapped(live, word="save"):
+    """The live model itself, out of torch.compile's or DistributedDataParallel's wrapper. Refused, by `word`, for what did not come from rewrite."""
     while "_base" not in vars(live):
         inner = live._modules.get("_orig_mod") or live._modules.get("module")
         if inner is None:
-            raise Refused(f"save: this {type(live).__name__} did not come from rewrite(). Save what rewrite or load handed back.")
+            raise Refused(f"{word}: this {type(live).__name__} did not come from rewrite(). Give what rewrite or load handed back.")
         live = inner
     return live
 
@@ -301,7 +301,7 @@ def _put(live, tensors, path):
     """Put the tensors into the live model, in place of its own; never into storage that it shares with the base."""
     own = stored_tensors(live)
     covered = {id(own[name]) for name in tensors if name in own}
-    new = {name for name, tensor in own.items() if name not in live._base.names and id(tensor) not in covered}
+    new = {name for name, tensor in own.items() if name not in live._base.names and id(tensor) not in covered and name not in live.report.memory}
     _refuse_names(path, tensors.keys(), new | (tensors.keys() & own.keys()), own.keys())
     for name, tensor in tensors.items():
         if tensor.shape != own[name].shape:

@@ -9,6 +9,7 @@ from torch import nn
 from . import graph as g
 from .contract import FACTS, FUNCTIONS, REPLACES, Frozen, wants
 from .errors import Refused
+from .hooks import COUNTER, Base, Held, Hooked
 
 #: what the code of a pass may raise when a site is not what it expected
 FAILURES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError)
@@ -36,6 +37,7 @@ class NewTensors:
             known = self.memo["names", self.step.place, base] = self._made(site, base)
         if known:  # made for this site, for another variant, or for another call of the same module
             self._claim(site, base)
+        self._hold(site, base, known)
         return known
 
     def copies(self, site, region):
@@ -80,7 +82,33 @@ class NewTensors:
                 new = self._checked(options.shared(seen), place)
             tensors = [v for one in seen for v in one.given if isinstance(v, torch.Tensor)]
             self.memo[key] = {name: self._install(f"{base}.{name}", value) for name, value in self._own(new, tensors).items()}
+            if self.step.options.hooks():
+                self.hooked().shared = self.memo[key]
         return self.memo[key]
+
+    def hooked(self):
+        """What the report keeps for the hooks of this step; with the first one comes the counter of steps."""
+        report = self.edit.report
+        if not report.hooked:
+            self._remember(COUNTER, torch.zeros((), dtype=torch.int64))
+        return report.hooked.setdefault(self.step.place, Hooked(self.step, self.edit.seed))
+
+    def _hold(self, site, base, paths):
+        options = self.step.options
+        if not options.hooks() or base in self.hooked().sites:
+            return
+        operation, root = self.edit.operation(site), self.edit.graph.root
+        own = {name: g.attribute(root, path).detach() for name, path in paths.items()}
+        given = {name: own[name] if name in own else self.edit.value(site, name) for name in wants(options.remembers)}
+        kept = {name: self._remember(f"{base}.{name}", value) for name, value in options.remembers(**given).items()}
+        stored = operation and Base(operation.weight, operation.axes, site.layout.rows, self.edit._dim(operation, "w"))
+        self.hooked().sites[base] = Held(site.name, site.role, {**paths, **kept}, stored)
+
+    def _remember(self, path, value):
+        self._free(path)
+        g.install(self.edit.graph.root, path, value)
+        self.edit.report.memory.add(path)
+        return path
 
     def _alike(self, site, given):
         """Without values to make, the shapes of one site serve all alike; None where a pass makes values from nothing."""
