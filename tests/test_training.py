@@ -15,6 +15,8 @@ from rewrite import Pass, Refused, Spec, load, merge, pipeline, rewrite, save, t
 from rewrite.contract import frozen
 
 EXACT = rounding(torch.float64)
+#: transformers computes losses in float32 whatever the model is in
+SINGLE = rounding(torch.float32)
 ATTENTION = ["q_proj", "v_proj"]
 
 
@@ -193,3 +195,126 @@ def test_mistakes_are_told_in_words():
         t._call("after_step")
     with pytest.raises(Refused, match="training: this Linear did not come from rewrite"):
         training(torch.nn.Linear(2, 2))
+
+
+# ---- adalora ---------------------------------------------------------------------------------------------------------------
+
+RANK, TARGET, STEPS, WARMUP, FINAL, EVERY = 6, 3, 24, 4, 6, 3
+ADALORA = {"pass": "adalora", "where": "attention.{q,v}", "steps": STEPS, "rank": RANK, "target": TARGET, "warmup": WARMUP, "final": FINAL, "every": EVERY, "alpha": 8.0 * RANK / (RANK + 1e-5)}
+NAMES = {"down": "lora_A", "scale": "lora_E", "up": "lora_B"}
+
+
+def peft_adalora():
+    torch.manual_seed(1)
+    config = peft.AdaLoraConfig(init_r=RANK, target_r=TARGET, total_step=STEPS, tinit=WARMUP, tfinal=FINAL, deltaT=EVERY, lora_alpha=8, target_modules=ATTENTION, task_type="CAUSAL_LM")
+    return peft.get_peft_model(copy.deepcopy(base()), config).double().train()
+
+
+def tensors_of(wrapped, live):
+    """(PEFT's tensor, ours), turned alike, for each tensor of each site."""
+    theirs = dict(wrapped.base_model.model.named_parameters())
+    for path, _ in live.named_parameters():
+        site, _, name = path.rpartition(".adalora.default.")
+        if site:
+            yield path, theirs[f"{site}.{NAMES[name]}.default"], tensor_of(live, path)
+
+
+def test_adalora_is_peft_s():
+    """24 steps with a falling budget: the same masks after each step, the same losses, the same weights at the end."""
+    wrapped, live, broken = peft_adalora(), tuned(ADALORA), tuned({**ADALORA, "every": EVERY + 1})
+    with torch.no_grad():
+        for twin in (live, broken):
+            for _, theirs, ours in tensors_of(wrapped, twin):
+                ours.copy_(theirs.view(ours.shape))
+    optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], 0.2, momentum=0.9)  # Adam would blow the rounding of losses up
+    t, other = training(live), training(broken)
+    ours, others = (one.optimizer(torch.optim.SGD, 0.2, momentum=0.9) for one in (t, other))
+    differed = False
+    for i in range(STEPS):
+        loss = wrapped(**batch(i)).loss
+        loss.backward()
+        optimizer.step()
+        wrapped.base_model.update_and_allocate(i)
+        optimizer.zero_grad()
+        mine = t.step(ours, lambda: live(**batch(i)))
+        other.step(others, lambda: broken(**batch(i)))
+        close(reference=loss, result=(mine + t.penalty).to(loss.dtype), drift=SINGLE)
+        scales = [(theirs.view(-1), scale, tensor_of(broken, path)) for path, theirs, scale in tensors_of(wrapped, live) if path.endswith("scale")]
+        for theirs, scale, twin in scales:
+            assert torch.equal(theirs == 0, scale == 0), i
+            differed = differed or not torch.equal(theirs == 0, twin == 0)
+    assert sum(int(scale.count_nonzero()) for _, scale, _ in scales) == TARGET * len(scales)
+    assert len({int(scale.count_nonzero()) for _, scale, _ in scales}) > 1, "ranks were allotted site by site"
+    assert differed
+    for path, theirs, ours in tensors_of(wrapped, live):
+        close(reference=theirs.view(ours.shape), result=ours, drift=SINGLE)
+    rejects(reference=torch.cat([theirs for theirs, _, _ in scales]), result=torch.cat([twin for _, _, twin in scales]), drift=SINGLE)
+
+
+# ---- Trainer ---------------------------------------------------------------------------------------------------------------
+
+
+class Rows(torch.utils.data.Dataset):
+    """The batches of `run`, one row each time."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return self.rows[i]
+
+
+def trainer(live, folder, rows, micro=1, callbacks=None, **options):
+    options = {"learning_rate": 0.02, "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "save_strategy": "no", **options}
+    args = T.TrainingArguments(str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=micro, report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=1, num_train_epochs=1, data_seed=0, **options)
+
+    class InOrder(T.Trainer):
+        def _get_train_sampler(self, dataset=None):
+            return torch.utils.data.SequentialSampler(rows)
+
+    return InOrder(live, args, train_dataset=rows, callbacks=[training(live).callback()] if callbacks is None else callbacks)
+
+
+def rows_of(steps, micro=1):
+    return Rows([{k: v[i] for k, v in batch(100 * step + j).items()} for step in range(steps) for j in range(micro) for i in range(2)])
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_trainer_and_plain_loop_are_one(micro, tmp_path):
+    plain, live, without = tuned(ADALORA), tuned(ADALORA), tuned(ADALORA)
+    losses = run(plain, STEPS, micro=micro)
+    made = trainer(live, tmp_path, rows_of(STEPS, micro), micro)
+    made.train()
+    for loss, entry in zip(losses, made.state.log_history):
+        assert abs(loss.item() - entry["loss"]) < 1e-3
+    for path in plain.report.made:
+        close(reference=tensor_of(plain, path), result=tensor_of(live, path), drift=EXACT)
+    assert training(live).done == STEPS
+    trainer(without, tmp_path, rows_of(STEPS, micro), micro, callbacks=[]).train()
+    rejects(reference=tensor_of(plain, path), result=tensor_of(without, path), drift=EXACT)
+
+
+def test_trainer_resumes(tmp_path):
+    whole, live = tuned(ADALORA), tuned(ADALORA)
+    trainer(whole, tmp_path / "whole", rows_of(STEPS)).train()
+    trainer(live, tmp_path / "half", rows_of(STEPS), save_strategy="steps", save_steps=10).train()
+    again = tuned(ADALORA)
+    trainer(again, tmp_path / "half", rows_of(STEPS)).train(resume_from_checkpoint=str(tmp_path / "half" / "checkpoint-10"))
+    same(state(whole), state(again))
+
+
+def test_trainer_refuses_what_it_cannot_do(tmp_path):
+    live, other = tuned(ADALORA), tuned(ADALORA)
+    with pytest.raises(Refused, match="trains another model than the callback is for"):
+        trainer(live, tmp_path, rows_of(1), callbacks=[training(other).callback()]).train()
+    told = tuned({"pass": "told"}, {"pass": "unfreeze", "where": "head"}, classes=[Told])
+    with pytest.raises(Refused, match="was to have 3.0 times the learning rate of others"):
+        trainer(told, tmp_path, rows_of(1)).train()
+    mine = training(told).optimizer(torch.optim.AdamW, 0.02)
+    one = trainer(told, tmp_path, rows_of(1))
+    one.optimizer = mine
+    one.train()
+    assert [group["lr"] for group in mine.param_groups] == [pytest.approx(0.06), pytest.approx(0.02)]
