@@ -4,8 +4,8 @@
     -->
     y = op(x, w) + b + alpha/rank * mix(op(dropout(x), down), up)
 
-`up` starts at zero, so nothing changes until the first step.
-Hu et al. 2021, arXiv:2106.09685.
+`up` starts at zero, so nothing changes until the first step. With `lr_ratio` (about 16) it is LoRA+.
+Hu et al. 2021, arXiv:2106.09685; Hayou et al. 2024, arXiv:2402.12354.
 """
 
 from dataclasses import dataclass
@@ -19,11 +19,12 @@ from rewrite.contract import Pass
 
 @dataclass(frozen=True)
 class LoRA(Pass):
-    """rank: of the update. alpha: its scale is alpha/rank. dropout: on x, before `down`."""
+    """rank: of the update. alpha: its scale is alpha/rank. dropout: on x, before `down`. lr_ratio: `up` learns that many times as fast as `down`."""
 
     rank: Annotated[int, Field(ge=1)]
     alpha: float = 16.0
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    lr_ratio: Annotated[float, Field(gt=0.0)] = 1.0
 
     role = "linear"
     drift = 0.0
@@ -43,3 +44,6 @@ class LoRA(Pass):
         if self.dropout:
             x = F.dropout(x, self.dropout, training)
         return y + self.alpha / self.rank * mix(op(x, down), up)
+
+    def groups(self):
+        return {"up": self.lr_ratio} if self.lr_ratio != 1 else {}

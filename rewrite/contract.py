@@ -102,10 +102,9 @@ class Pass:
         """What hooks remember of a site between steps, by name: buffers that no noun reads. Asks like `params`, and for the tensors of `params`."""
         return {}
 
-    @classmethod
-    def hooks(cls):
-        """The hooks that this pass defines, in the order of HOOKS."""
-        return tuple(name for name in HOOKS if hasattr(cls, name))
+    def hooks(self):
+        """The hooks of this pass, in the order of HOOKS; `groups` where it asks for another learning rate."""
+        return tuple(name for name in HOOKS if hasattr(self, name) and (name != "groups" or self.groups()))
 
     @classmethod
     def nouns(cls):

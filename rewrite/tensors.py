@@ -87,9 +87,9 @@ class NewTensors:
         return self.memo[key]
 
     def hooked(self):
-        """What the report keeps for the hooks of this step; with the first one comes the counter of steps."""
+        """What the report keeps for the hooks of this step; with the first that runs in each step comes the counter."""
         report = self.edit.report
-        if not report.hooked:
+        if COUNTER not in report.memory and set(self.step.options.hooks()) - {"groups", "prepare", "choose"}:
             self._remember(COUNTER, torch.zeros((), dtype=torch.int64))
         return report.hooked.setdefault(self.step.place, Hooked(self.step, self.edit.seed))
 

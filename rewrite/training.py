@@ -74,7 +74,7 @@ class Training:
         return method(**self._given(hooked, method, f"loss {self._calls}", forward=forward))
 
     def _mean(self, forwards, backward=False):
-        total = 0.0
+        total, self._calls = 0.0, 0  # the same choices each time that a step runs the model
         for forward in forwards:
             loss = self.loss(forward) / len(forwards)
             if backward:
@@ -111,13 +111,13 @@ class Training:
     def after_step(self, optimizer):
         """When the optimizer has stepped, before zero_grad."""
         self._call("after_step", optimizer)
-        if self.live.report.hooked:
+        if COUNTER in self.live.report.memory:
             g.attribute(self.live, COUNTER).add_(1)
 
     @property
     def done(self):
         """How many optimizer steps the model has seen."""
-        return int(g.attribute(self.live, COUNTER)) if self.live.report.hooked else 0
+        return int(g.attribute(self.live, COUNTER)) if COUNTER in self.live.report.memory else 0
 
     # ---- by hand --------------------------------------------------------------------------------------------------------------
     @torch.no_grad()

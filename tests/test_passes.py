@@ -163,16 +163,16 @@ def test_wakes(name, toy):
     changing = [p for p in live.report.made if not is_shift_of_keys(live, p)]
     if any(p.requires_grad for p in live.parameters()):
         TOYS[toy].loss(live).backward()
-    before = TOYS[toy].output(live, 3, 11)
+    before = {training: TOYS[toy].output(live.train(training), 3, 11) for training in (False, True)}
     for path in changing:
-        tensor = tensor_of(live, path)
+        tensor, training = tensor_of(live, path), path.rpartition(".")[2] in class_of(name).choices
         old = tensor.detach().clone()
         with torch.no_grad():
             tensor.add_(torch.randn_like(tensor))
-        rejects(reference=before, result=TOYS[toy].output(live, 3, 11), drift=rounding(before.dtype))
+        rejects(reference=before[training], result=TOYS[toy].output(live.train(training), 3, 11), drift=rounding(torch.float64))
         with torch.no_grad():
             tensor.copy_(old)
-    close(reference=before, result=TOYS[toy].output(live, 3, 11), drift=0.0)
+    close(reference=before[False], result=TOYS[toy].output(live.eval(), 3, 11), drift=0.0)
     for path, tensor in live.named_parameters():
         if path in live.report.made and tensor.requires_grad and path in changing:
             assert tensor.grad is not None and tensor.grad.any(), f"{path} gets no gradient"

@@ -221,7 +221,7 @@ def tensors_of(wrapped, live):
 
 def test_adalora_is_peft_s():
     """24 steps with a falling budget: the same masks after each step, the same losses, the same weights at the end."""
-    wrapped, live, broken = peft_adalora(), tuned(ADALORA), tuned({**ADALORA, "every": EVERY + 1})
+    wrapped, live, broken = peft_adalora(), tuned(ADALORA), tuned({**ADALORA, "target": TARGET + 1})
     with torch.no_grad():
         for twin in (live, broken):
             for _, theirs, ours in tensors_of(wrapped, twin):
