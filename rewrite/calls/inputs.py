@@ -12,6 +12,7 @@ import torch
 from ..errors import Refused
 
 PRIMES = (3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
+MEDIA = {"pixel_values": "image", "input_features": "audio"}
 CACHES = ("past_key_values", "cache_params")
 
 
@@ -49,6 +50,15 @@ def _integers(value):
         yield value
 
 
+def _tokens(value):
+    """Every token with a meaning of its own that a config, or one in it, names (`pad_token_id`, `image_token_index`)."""
+    for name, item in value.items():
+        if isinstance(item, dict):
+            yield from _tokens(item)
+        elif str(name).endswith(("token_id", "token_index", "token_ids")):
+            yield from (token for token in (item if isinstance(item, (list, tuple)) else [item]) if isinstance(token, int) and not isinstance(token, bool))
+
+
 def setting(config, *names, default=None):
     """The first of these settings that the config, or a config inside it, has and that is not None."""
     inner = [getattr(config, name) for name in getattr(config, "sub_configs", {}) if getattr(config, name, None) is not None]
@@ -58,6 +68,14 @@ def setting(config, *names, default=None):
             if value is not None:
                 return value
     return default
+
+
+def _rows(features):
+    """How many vectors a model's `get_…_features` gives, in whatever it wraps them."""
+    features = getattr(features, "pooler_output", features)
+    if isinstance(features, (list, tuple)):
+        return sum(map(_rows, features))
+    return features.shape[:-1].numel()
 
 
 class Examples:
@@ -84,8 +102,7 @@ class Examples:
         """Token ids, none of them special but the end of sequence that some heads look for: (batch, length), int64."""
         text = self.config.get_text_config()
         vocab = setting(text, "vocab_size") or setting(self.config, "vocab_size", default=2)
-        names = [f"{name}_token_id" for name in ("pad", "bos", "eos", "sep", "cls", "decoder_start")]
-        special = {token for name in names if isinstance(token := setting(self.config, name), int)}
+        special = {token for token in _tokens(self.config.to_dict()) if 0 <= token < vocab}
         ids = self.integers(min(len(special) + 1, vocab - 1), vocab, self.sizes.batch, length)
         if self.device.type != "meta":
             end = setting(text, "eos_token_id")
@@ -128,6 +145,42 @@ class Examples:
         for step in setting(self.config, "conv_stride", default=(1,)):
             stride *= step
         return self.floats(self.sizes.batch, stride * (self.sizes.length + 2))
+
+    def candidates(self):
+        """(inputs, notes) that the model may accept, the fullest first."""
+        whole = self.inputs()
+        yield whole, ()
+        if "input_ids" not in whole:
+            return
+        if "decoder_input_ids" in whole:  # a head that reads one place of the decoder makes them of input_ids
+            yield {name: value for name, value in whole.items() if name != "decoder_input_ids"}, ()
+        others = [name for name in whole if name in MEDIA]
+        if not others:
+            return
+        placed = self._placed(whole)
+        if placed is not None:
+            yield placed, ()
+        alone = {name: value for name, value in whole.items() if name not in MEDIA}
+        yield alone, (f"captured without {', '.join(others)}: no example that the model accepts can be made from its config. Hand one over: example={{…}}",)
+
+    def _placed(self, whole):
+        """The inputs with the tokens in `input_ids` that an image (or audio) takes the places of; None where the model does not say how many."""
+        ids, found = whole["input_ids"], False
+        for name, kind in MEDIA.items():
+            token, encode = setting(self.config, f"{kind}_token_id", f"{kind}_token_index"), getattr(self.model, f"get_{kind}_features", None)
+            if name not in whole or token is None or encode is None:
+                continue
+            try:
+                with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                    rows = _rows(encode(whole[name]))
+            except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError):
+                continue
+            places = torch.full((ids.shape[0], rows // ids.shape[0]), token, dtype=ids.dtype, device=ids.device)
+            ids, found = torch.cat((ids[:, :1], places, ids[:, 1:]), 1), True
+        if not found:
+            return None
+        masks = {"attention_mask": self.mask(ids.shape[1])} if "attention_mask" in whole else {}
+        return {**whole, "input_ids": ids, **masks}
 
     def inputs(self):
         """The main inputs by name: what the model needs, masks, and `decoder_input_ids`; no labels, no cache."""

@@ -70,7 +70,7 @@ def variants(model, example=None):
     try:
         return [main, *(calls.encoder_decoder() if model.config.is_encoder_decoder else [calls.past()])]
     except (Refused, *FAILURES) as reason:
-        return [replace(main, notes=(f"no variant with a cache: {str(reason).splitlines()[0]}",))]
+        return [replace(main, notes=(*main.notes, f"no variant with a cache: {(str(reason) or type(reason).__name__).splitlines()[0]}"))]
 
 
 class _Calls:
@@ -78,27 +78,41 @@ class _Calls:
 
     def __init__(self, model, example):
         self.model, self.examples = model, Examples(model)
-        self.inputs = dict(example) if example is not None else self.examples.inputs()
-        if example is not None and isinstance(self.inputs.get(model.main_input_name), torch.Tensor):
-            self.examples.sizes = sizes_like(self.examples.sizes, self.inputs[model.main_input_name])
         names = find_labels(type(model))
-        self.labels = {name: self.inputs.pop(name) for name in names if name in self.inputs}
-        unmasked = {name: value for name, value in self.inputs.items() if not name.endswith("attention_mask")}
-        self.cached = {"use_cache": True} if model.can_generate() and "use_cache" in self.examples.parameters else {}
-        self.hidden, seen = {}, []
-        try:
-            self.output, _, _ = call(model, {**unmasked, **self.cached, "output_hidden_states": True}, seen=seen)
-            self.hidden = hidden_of(self.output, seen)
-        except FAILURES:
-            self.output = None
-        try:
-            self.output = self.output or call(model, {**unmasked, **self.cached})[0]
-        except FAILURES as reason:
+        reasons = []
+        for self.inputs, self.notes in self.examples.candidates() if example is None else [(dict(example), ())]:
+            if example is not None and isinstance(self.inputs.get(model.main_input_name), torch.Tensor):
+                self.examples.sizes = sizes_like(self.examples.sizes, self.inputs[model.main_input_name])
+            self.labels = {name: self.inputs.pop(name) for name in names if name in self.inputs}
+            self.cached = {"use_cache": True} if model.can_generate() and "use_cache" in self.examples.parameters else {}
+            try:
+                self.output, self.hidden = self._ask()
+                break
+            except FAILURES as reason:
+                reasons.append(reason)
+        else:
             what = "the inputs made from its config; hand over others: example={…}" if example is None else "the example given"
-            raise Refused(f"{type(model).__name__} does not accept {what}.\n{type(reason).__name__}: {reason}") from reason
+            raise Refused(f"{type(model).__name__} does not accept {what}.\n{type(reasons[0]).__name__}: {reasons[0]}") from reasons[0]
         self.labels = self.labels or self.examples.labels(names, self.output)
         self.encoded = self._encode() if model.config.is_encoder_decoder and "encoder_outputs" in self.examples.parameters else None
         self.defaults = self._defaults()
+
+    def _ask(self):
+        """What the model returns to its inputs, and where its hidden states come from."""
+        unmasked = {name: value for name, value in self.inputs.items() if not name.endswith("attention_mask")}
+        seen = []
+        try:
+            output, _, _ = call(self.model, {**unmasked, **self.cached, "output_hidden_states": True}, seen=seen)
+            return output, hidden_of(output, seen)
+        except FAILURES:
+            pass
+        try:
+            return call(self.model, {**unmasked, **self.cached})[0], {}
+        except FAILURES:
+            if not self.cached:
+                raise
+        self.cached = {"use_cache": False}
+        return call(self.model, {**unmasked, **self.cached})[0], {}
 
     def forward(self):
         """The main variant: no cache; labels where the graph computes a loss from them."""
@@ -118,6 +132,7 @@ class _Calls:
             shifts=self._shifts() if given else None,
             hidden=self.hidden,
             ignored=("num_items_in_batch",) if given and ignores else (),
+            notes=self.notes,
         )
 
     def past(self):
@@ -260,7 +275,10 @@ class _Calls:
         for way in ("prepare_decoder_input_ids_from_labels", function):
             if way is None or (isinstance(way, str) and not hasattr(self.model, way)):
                 continue
-            shifted = getattr(self.model, way)(labels) if isinstance(way, str) else way(labels, config.pad_token_id, config.decoder_start_token_id)
+            try:
+                shifted = getattr(self.model, way)(labels) if isinstance(way, str) else way(labels, config.pad_token_id, config.decoder_start_token_id)
+            except FAILURES:  # a class per row, or no id to start from
+                continue
             if is_default(self.model, {"labels": labels, "encoder_outputs": self.encoded[2]}, "decoder_input_ids", shifted):
                 return way
         return None

@@ -14,7 +14,7 @@ from dataclasses import replace
 import sympy
 import torch
 from torch import fx, nn
-
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from .align import Alignment, Misaligned
 from ..errors import Refused
@@ -160,6 +160,7 @@ class _Capture:
         cast = (lambda given: dtype if given == self.dtype else given) if dtype else (lambda given: given)
         opaque = self.opaque.keys()
         result = trace(self.model, self.variant, training=training, cast=cast, seed=seed, least=least, opaque=opaque, stamp=self.stamp)
+        _keep_checks(result)
         tidy(result.graph)
         return result
 
@@ -232,7 +233,7 @@ class _Capture:
         found = {}
         for guard in ours.guards:
             condition = guard.condition.xreplace(ours.replacements)
-            if condition in (True, sympy.true) or condition in found:
+            if condition in (True, sympy.true) or condition in found or free_unbacked_symbols(condition):
                 continue
             if guard.torch_asked and not _is_equality(condition):
                 continue  # a question about strides and sizes of one: the op is in the graph either way, and checks its own inputs
@@ -281,17 +282,47 @@ def _require_filled(ours):
     waiting = dict(ours.filled)
     for node in list(ours.graph.nodes):
         value = node.meta.get("val")
-        if not isinstance(value, torch.SymInt) or value.node.expr not in waiting:
-            continue
-        place = waiting.pop(value.node.expr)
-        with ours.graph.inserting_after(node):
-            filled = ours.graph.call_function(operator.gt, (node, 0))
-        with ours.graph.inserting_after(filled):
-            words = f"{place}: nothing is left of this input; it was captured with something left"
-            asked = ours.graph.call_function(torch.ops.aten._assert_scalar.default, (filled, words))
-        filled.meta, asked.meta = (_meta(node) | {"val": value > 0}, _meta(node) | {"val": None})
+        if isinstance(value, torch.SymInt) and value.node.expr in waiting:
+            words = f"{waiting.pop(value.node.expr)}: nothing is left of this input; it was captured with something left"
+            _ask(ours.graph, node, operator.gt, 0, words)
     if waiting:
         raise Refused(f"{', '.join(waiting.values())}: what the code does here depends on the values of the inputs.")
+
+
+def _ask(graph, node, compare, number, words):
+    with graph.inserting_after(node):
+        holds = graph.call_function(compare, (node, number))
+    with graph.inserting_after(holds):
+        asked = graph.call_function(torch.ops.aten._assert_scalar.default, (holds, words))
+    holds.meta, asked.meta = (_meta(node) | {"val": compare(node.meta["val"], number)}, _meta(node) | {"val": None, "asked": True})
+
+
+_COMPARED = {sympy.Eq: operator.eq, sympy.Ne: operator.ne, sympy.Ge: operator.ge, sympy.Gt: operator.gt, sympy.Le: operator.le, sympy.Lt: operator.lt}
+
+
+def _keep_checks(run):
+    """What the model's code checks of a size that depends on values (`all rows have one end of sequence`) is asked at every call.
+
+    Nothing can branch on such a size while it is traced, so these are checks that raise; those on more than a size and a number are left
+    to the ops behind them.
+    """
+    waiting = {}
+    for guard in run.guards:
+        condition = guard.condition
+        if not guard.torch_asked and type(condition) in _COMPARED and condition.rhs.is_Integer and condition.lhs.is_Symbol and free_unbacked_symbols(condition):
+            waiting.setdefault(condition.lhs, {})[_COMPARED[type(condition)], int(condition.rhs)] = guard.place
+    for node in list(run.graph.nodes) if waiting else ():
+        value = node.meta.get("val")
+        for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) and node.op == "call_function" else ()):
+            symbol = size.node._expr if isinstance(size, torch.SymInt) else None  # as it was before a check said that it is 1
+            asked = waiting.pop(symbol, {})
+            if not asked:
+                continue
+            with run.graph.inserting_after(node):
+                read = run.graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
+            read.meta = dict(node.meta) | {"val": size}
+            for (compare, number), place in asked.items():
+                _ask(run.graph, read, compare, number, f"{place}: the check here does not hold")
 
 
 def _flags_by_analogy(graph, main):

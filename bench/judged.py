@@ -1,0 +1,311 @@
+"""What the sweep asks of one model: captured, equal, trains alike, roles, adapters, generation. One dict of plain values comes back.
+
+Every check says "ok", or what is wrong in words. All random generators are seeded before each call that may draw.
+"""
+
+import copy
+import random
+import re
+import time
+
+import numpy
+import torch
+
+from rewrite.calls.inputs import Examples, Sizes
+from rewrite.calls.leaves import leaves
+from rewrite.capture.model import capture
+from rewrite.errors import Refused, RewriteError
+from rewrite.pipeline import _live, apply
+from rewrite.report import Report
+from rewrite.roles.find import roles
+from rewrite.spec import Spec
+
+SHAPES = ((2, 10), (1, 4))
+TOKENS = 5
+KEPT = {"past_key_values", "cache_params", "mems", "state", "past_buckets_states"}
+
+
+def seed(number=0):
+    torch.manual_seed(number)
+    numpy.random.seed(number)
+    random.seed(number)
+
+
+def inputs_at(model, batch, length):
+    """Inputs of these sizes, as the engine makes them from the config: the fullest that the model takes."""
+    examples = Examples(model)
+    examples.sizes = Sizes(batch, length, 2, length + 2)
+    return _accepted(model, examples)
+
+
+def accepts(model):
+    """The engine's own example, or the reason why the model takes none."""
+    return _accepted(model, Examples(model))
+
+
+def _accepted(model, examples):
+    reasons = []
+    for inputs, _ in examples.candidates():
+        try:
+            seed()
+            with torch.no_grad():
+                model(**copy.deepcopy(inputs))
+            return inputs
+        except Exception as failure:  # whatever a model says to inputs that it does not take
+            reasons.append(failure)
+    raise reasons[0]
+
+
+def flat(output):
+    """The tensors of an output by name, without what it keeps for the next call."""
+    fields = dict(output) if isinstance(output, dict) else {"output": output}
+    names, tensors, _ = leaves({name: value for name, value in fields.items() if name not in KEPT})
+    return dict(zip(names, tensors))
+
+
+def difference(want, got):
+    """The first output that is not the same, bit for bit; None where all are."""
+    want, got = flat(want), flat(got)
+    for name, value in want.items():
+        if name not in got:
+            return f"{name} is missing"
+        other = got[name]
+        if value.dtype != other.dtype or value.shape != other.shape:
+            return f"{name} is {tuple(other.shape)} {other.dtype}, not {tuple(value.shape)} {value.dtype}"
+        if not torch.equal(value.isnan(), other.isnan()):
+            return f"{name} is not a number at other places"
+        if not torch.equal(value.nan_to_num(), other.nan_to_num()):
+            return f"{name} differs by {float((value.double() - other.double()).abs().nan_to_num().max()):.1e}"
+    return None
+
+
+def words(failure):
+    lines = [line for line in str(failure).strip().splitlines() if line.strip()]
+    return f"{type(failure).__name__}: {' '.join(lines[:2])[:300]}"
+
+
+class Judged:
+    """One model under the checks; `found` fills as they go, `keep` is called after each."""
+
+    def __init__(self, model, keep, example=None, at=inputs_at):
+        self.model, self.keep, self.example, self.at = model, keep, example, at
+        self.found = {"parameters": sum(p.numel() for p in model.parameters()), "seconds": {}}
+        self.caching = getattr(model, "can_generate", lambda: False)()
+
+    def run(self):
+        steps = (self.captured, self.equal, self.trains, self.roles, self.adapted, self.generates)
+        for step in steps:
+            start = time.perf_counter()
+            self.found["at"] = step.__name__
+            self.keep(self.found)
+            try:
+                self.found[step.__name__] = step()
+            except Exception as failure:  # the sweep goes on whatever a model does
+                self.found[step.__name__] = words(failure)
+            self.found["seconds"][step.__name__] = round(time.perf_counter() - start, 2)
+            if step == self.captured and self.found["captured"] != "ok":
+                break
+        self.found.pop("at")
+        return self.found
+
+    def captured(self):
+        seed()
+        self.graph = capture(self.model, self.example)
+        self.found["nodes"] = len(self.graph.nodes)
+        self.found["variants"] = [graph.name for graph in self.graph.all() if not graph.is_inner]
+        self.found["opaque"] = {path: reason[:300] for path, reason in self.graph.opaque.items()}
+        self.found["notes"] = [note[:300] for note in self.graph.notes]
+        graph = self.graph.copy()
+        self.live = _live(graph, Spec.parse({"passes": []}), Report(), None)
+        return "ok"
+
+    def _both(self, inputs, number=0, live=None):
+        seed(number)
+        want = self.model(**copy.deepcopy(inputs))
+        seed(number)
+        return want, (live or self.live)(**copy.deepcopy(inputs))
+
+    def equal(self):
+        """In eval mode at two other shapes, once without a cache and once as it is called by default."""
+        narrowed = []
+        with torch.no_grad():
+            for number, (batch, length) in enumerate(SHAPES):
+                inputs = self.at(self.model, batch, length)
+                if self.caching and number == 0 and "use_cache" in Examples(self.model).parameters:
+                    inputs["use_cache"] = False
+                try:
+                    seed()
+                    self.model(**copy.deepcopy(inputs))
+                except Exception as failure:  # not a size of this model's
+                    narrowed.append(f"{batch}×{length}: upstream refuses it: {words(failure)}")
+                    continue
+                try:
+                    want, got = self._both(inputs)
+                except Refused as refusal:
+                    narrowed.append(f"{batch}×{length}: {words(refusal)}")
+                    continue
+                wrong = difference(want, got)
+                if wrong:
+                    return f"{batch}×{length}: {wrong}"
+        if narrowed:
+            self.found["narrowed"] = narrowed
+        if len(narrowed) == len(SHAPES):
+            inputs = self.example or self.at(self.model, *_own(self.model))
+            with torch.no_grad():
+                wrong = difference(*self._both(inputs))
+            return f"at the shape of the example: {wrong}" if wrong else "ok"
+        return "ok"
+
+    def _labelled(self):
+        """Inputs at the example's own shape, with labels where the captured call takes them."""
+        inputs = self.example or self.at(self.model, *_own(self.model))
+        inputs = dict(inputs)
+        signature = self.graph.signature
+        names = list(getattr(signature, "labels", ()))
+        if names:
+            with torch.no_grad():
+                output = self.model(**inputs)
+            inputs |= Examples(self.model).labels(names, output)
+        if self.caching and "use_cache" in Examples(self.model).parameters:
+            inputs["use_cache"] = False
+        return inputs
+
+    def trains(self):
+        """The same loss (all outputs, where there is none) in training mode from the same seed; running averages alike."""
+        inputs = self._labelled()
+        model = copy.deepcopy(self.model)
+        own, self.model = self.model, model
+        live = copy.deepcopy(self.live)
+        try:
+            model.train(), live.train()
+            want, got = self._both(inputs, 7, live)
+        finally:
+            self.model = own
+        self.found["loss"] = "loss" in flat(want)
+        wrong = difference(want, got)
+        if wrong:
+            return wrong
+        buffers = dict(live.named_buffers())
+        for name, value in model.named_buffers():
+            if name in buffers and not torch.equal(value, buffers[name]):
+                return f"buffer {name} differs"
+        return "ok"
+
+    def roles(self):
+        found = [site for graph in self.graph.all() if graph.name == "forward" or graph.is_inner for site in roles(graph)]
+        self.sites = found
+        self.found["summary"] = roles(self.graph).summary()
+        table = agreement(self.model, found)
+        if table:
+            self.found["peft"] = table
+        return "ok" if any(site.layout.kind for site in found) else "no weight has a role"
+
+    def adapted(self):
+        results = {}
+        names = {role for site in self.sites for role in site.roles}
+        widest = next((role for role in ("linear", "conv", "head") if role in names), "linear")
+        for where in ("attention.{q,v}", widest):
+            found = where in names or {"attention.q", "attention.v"} & names
+            results[where] = self._adapted(where) if found else "no site"
+        self.found["adapters"] = results
+        wrong = {name: text for name, text in results.items() if not text.startswith(("ok", "no site"))}
+        return "; ".join(f"{name}: {text}" for name, text in wrong.items()) or "ok"
+
+    def _adapted(self, where):
+        graph = self.graph.copy()
+        spec = Spec.parse({"passes": [{"pass": "lora", "where": where, "rank": 2, "allow_refusals": True}]})
+        try:
+            report = apply(graph, spec)
+        except RewriteError as failure:
+            return words(failure)
+        live = _live(graph, spec, report, None).eval()
+        sites, refused = len(report.applied[0].sites), len(report.applied[0].refused)
+        inputs = self._labelled()
+        with torch.no_grad():
+            wrong = difference(*self._both(inputs, 3, live))
+        if wrong:
+            return f"not the same at init: {wrong}"
+        if where == "attention.{q,v}" or not hasattr(self, "adapter"):
+            self.adapter = copy.deepcopy(live)
+        adapters = {name: p for name, p in live.named_parameters() if p.requires_grad}
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in adapters.values():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        seed(3)
+        output = flat(live(**copy.deepcopy(inputs)))
+        total = sum(value.double().square().mean() for value in output.values() if value.is_floating_point() and value.requires_grad)
+        if not isinstance(total, torch.Tensor):
+            return "no output needs a gradient"
+        total.backward()
+        without = [name for name, p in adapters.items() if p.grad is None]
+        if without:
+            return f"{len(without)} of {len(adapters)} adapter tensors get no gradient: {without[0]}"
+        frozen = [name for name, p in live.named_parameters() if not p.requires_grad and p.grad is not None]
+        if frozen:
+            return f"frozen {frozen[0]} gets a gradient"
+        zero = sum(not p.grad.any() for p in adapters.values())
+        return f"ok: {sites} sites" + (f", {refused} refused" if refused else "") + (f", {zero} of {len(adapters)} gradients are zero" if zero else "")
+
+    def generates(self):
+        if not self.caching:
+            return "no generator"
+        inputs = {name: value for name, value in self.at(self.model, 2, 6).items() if not name.startswith("decoder_")}
+        options = dict(max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
+        cacheless = len(self.found["variants"]) == 1
+        if cacheless:
+            options["use_cache"] = False
+        with torch.no_grad():
+            seed()
+            try:
+                want = self.model.generate(**copy.deepcopy(inputs), **options)
+            except Exception as failure:
+                return f"upstream: {words(failure)}"
+            seed()
+            got = getattr(self, "adapter", self.live).generate(**copy.deepcopy(inputs), **options)
+        want, got = (value if isinstance(value, torch.Tensor) else value.sequences for value in (want, got))
+        if want.shape != got.shape or not torch.equal(want, got):
+            return f"other tokens: {want.tolist()} and {got.tolist()}"[:200]
+        return "ok without a cache" if cacheless else "ok"
+
+
+def _own(model):
+    sizes = Examples(model).sizes
+    return sizes.batch, sizes.length
+
+
+def agreement(model, sites):
+    """What PEFT's hand-kept tables name in this model, and which roles stand there; {} where they do not know it."""
+    from peft.utils import constants
+
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    tables = {"lora": "LORA_TARGET", "ia3": "IA3_TARGET", "norms": "LNTUNING_TARGET"}
+    found = {}
+    for name, part in tables.items():
+        targets = getattr(constants, f"TRANSFORMERS_MODELS_TO_{part}_MODULES_MAPPING").get(kind)
+        if targets is None:
+            continue
+        paths = [path for path, module in model.named_modules() if _is_target(path, targets) and any(True for _ in module.parameters())]
+        at = {}
+        for site in sites:
+            if site.layout.kind or site.role == "norm":
+                at.setdefault(site.owner, set()).add(site.role)
+                at.setdefault(site.path, set()).add(site.role)
+        named = sorted({role for path in paths for role in at.get(path, ())})
+        entry = {"targets": targets, "modules": len(paths), "roles": named}
+        unknown = [path for path in paths if path not in at]
+        if unknown:
+            entry["without role"] = unknown[:4]
+        if name == "lora":
+            ours = {site.path for site in sites if {"attention.q", "attention.v"} & set(site.roles)}
+            beside = sorted(ours - set(paths))
+            if beside:
+                entry["q and v beside"] = beside[:4]
+        found[name] = entry
+    return found
+
+
+def _is_target(path, targets):
+    if isinstance(targets, str):
+        return re.fullmatch(targets, path) is not None
+    return any(path == target or path.endswith(f".{target}") for target in targets)

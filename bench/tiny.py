@@ -1,0 +1,178 @@
+"""A tiny random model of any architecture of transformers: the auto classes name them, a config shrinks by what its numbers are called.
+
+    architectures()  ->  (Architecture("LlamaForCausalLM", "llama", ("causal LM",)), …)
+    tiny(architecture)  ->  the model in eval mode, and how far its config could be shrunk
+
+A number of a config is known by its name alone (layers, heads, widths, tables of ids). Where the parts do not fit together afterwards, the
+next level is tried, which leaves the widths, then all but layers and vocabulary, as upstream's defaults have them. HINTS are for what
+no name tells.
+"""
+
+import inspect
+import re
+from dataclasses import dataclass
+
+import torch
+
+TASKS = {
+    "causal LM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "masked LM": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "sequence classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "sequence to sequence": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "image classification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "audio classification": "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
+    "image-text to text": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+}
+LARGEST = 120e6  # parameters
+VOCABULARY = 199
+
+# name of a number → what it becomes; the first that fits counts
+COUNTS = (
+    (r"(text_|char_)?vocab(ulary)?_size\w*|\w*_vocab_size|vocab_size_\w+|n_vocab|codebook_size", VOCABULARY),
+    (r"max_position_embeddings|n_positions|max_(source|target)_positions|n_ctx|max_seq_len(gth)?|max_sequence_length|seq_length", 64),
+    (r"(num_|n_)?(\w*hidden_|encoder_|decoder_|num_encoder_|num_decoder_|num_text_|fusion_|\w+_)?(layers?|blocks)|n_layers?|depth|num_layers_\w+", 2),
+    (r"(num_)?(local_|routed_)?experts|n_routed_experts|moe_num_experts|num_local_experts|n_experts", 4),
+    (r"num_experts_per_tok(en)?|num_selected_experts|moe_topk|moe_top_k|moe_k|top_k_experts|num_experts_per_token", 2),
+    (r"n_group|topk_group|num_expert_groups?", 1),
+)
+HEADS = (
+    (r"(num_|n_)?(\w*attention_|encoder_attention_|decoder_attention_|\w+_)?(heads?)|n_heads?", 4),
+    (r"(num_)?(key_value|kv)_heads|n_head_kv|multi_query_group_num", 2),
+)
+WIDTHS = (
+    (r"head_dim|attention_head_(size|dim)|d_kv|v_head_dim|key_head_dim|value_head_dim|linear_(key|value)_head_dim|kv_channels|mamba_(d_head|head_dim)", 8),
+    (r"qk_rope_head_dim|rotary_dim", 4),
+    (r"qk_nope_head_dim", 8),
+    (r"(kv|q|o)_lora_rank|lora_rank\w*", 16),
+    (r"\w*intermediate_size|\w*ffn_dim|d_ff|n_inner|ffn_hidden_size|inner_dim|mlp_dim|\w*ffn_hidden_size|hidden_dim", 56),
+    (r"hidden_size|d_model|n_embd|dim|embed_dim|embedding_size|projection_dim|\w*hidden_size|d_embed|word_embed_proj_dim|decoder_hidden_size", 32),
+    (r"state_size|(mamba_)?d_state|\w*state_dim", 8),
+)
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+LEVELS = (COUNTS + HEADS + WIDTHS, COUNTS, COUNTS[:3], ())
+IDS = re.compile(r"\w*(token|_id|index)\w*_(id|index|ids)|\w*token_id|\w+_token_index|\w*_token_ids?|eod_id|\w*_id")
+
+# what no name of a number tells, by the type of the config
+HINTS = {}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model class of the auto mappings: its name, the type of its config, the tasks under which it is listed."""
+
+    name: str
+    kind: str
+    tasks: tuple[str, ...]
+
+    def classes(self):
+        """(the model's class, its config's class)."""
+        import transformers
+        from transformers import CONFIG_MAPPING
+
+        model = getattr(transformers, self.name, None)
+        config = CONFIG_MAPPING[self.kind] if self.kind in CONFIG_MAPPING else None
+        if model is None:  # not public: beside its config
+            home = config.__module__.replace("configuration_", "modeling_")
+            model = getattr(__import__(home, fromlist=[self.name]), self.name)
+        return model, getattr(model, "config_class", None) or config
+
+
+def architectures():
+    """Every class that the auto mappings of TASKS name, each once, in order of name."""
+    from transformers.models.auto import modeling_auto
+
+    found = {}
+    for task, mapping in TASKS.items():
+        for kind, names in getattr(modeling_auto, mapping).items():
+            for name in names if isinstance(names, (tuple, list)) else (names,):
+                kinds, tasks = found.setdefault(name, (kind, []))
+                tasks.append(task) if task not in tasks else None
+    return tuple(Architecture(name, kind, tuple(tasks)) for name, (kind, tasks) in sorted(found.items()))
+
+
+def tiny(architecture, accepts, seed=0):
+    """The smallest model that runs → (model, example of its inputs, level). accepts: model → an example that it accepts, or raises.
+
+    Raises the reason of the level that came furthest, of the first where none did.
+    """
+    kind, config_class = architecture.classes()
+    failures = []
+    for level in range(len(LEVELS)):
+        built = False
+        try:
+            config = shrunk(config_class, LEVELS[level])
+            count = _parameters(kind, config)
+            if count > LARGEST:
+                raise ValueError(f"{count / 1e6:.0f} million parameters at the sizes of upstream's defaults")
+            torch.manual_seed(seed)
+            model = kind(config).eval()
+            built = True
+            return model, accepts(model), level
+        except Exception as failure:  # whatever a constructor says to sizes that do not fit
+            failures.append((built, failure))
+    raise next((failure for built, failure in failures if built), failures[0][1])
+
+
+def _parameters(kind, config):
+    try:
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in kind(config).parameters())
+    except Exception:  # a model that cannot be made without data is made with it
+        return 0
+
+
+def shrunk(config_class, rules, given=None):
+    """A config of this class with its numbers shrunk by the rules, and those of the configs in it."""
+    fields = _fields(config_class)
+    values = dict(given or {})
+    hints = dict(HINTS.get(getattr(config_class, "model_type", None), {}))
+    for name, kind in (getattr(config_class, "sub_configs", None) or {}).items():
+        if name not in hints and name in fields and inspect.isclass(kind) and hasattr(kind, "sub_configs") and kind.__name__ != "AutoConfig":
+            values[name] = shrunk(kind, rules).to_dict()
+        elif name not in hints and name in fields and kind.__name__ == "AutoConfig":
+            default = getattr(config_class(), name, None)
+            if default is not None:
+                values[name] = shrunk(type(default), rules, _other_than_default(default)).to_dict()
+    used = 0
+    for name, default in fields.items():
+        number = values.get(name, default)
+        if isinstance(number, bool) or not isinstance(number, int):
+            continue
+        for pattern, size in rules:
+            if re.fullmatch(pattern, name):
+                values[name] = min(size, number) if number > 0 else number
+                break
+        else:
+            if IDS.fullmatch(name) and number >= VOCABULARY and rules:
+                used += 1
+                values[name] = VOCABULARY - used
+    for name in ("depths", "num_hidden_layers", "num_layers"):
+        if isinstance(fields.get(name), (list, tuple)) and rules:
+            values[name] = [min(2, n) for n in fields[name]]
+    side, patch = fields.get("image_size"), values.get("patch_size", fields.get("patch_size"))
+    if len(rules) > len(COUNTS) and isinstance(side, int) and isinstance(patch, int) and side > 4 * patch:
+        values["image_size"] = 4 * patch
+    for name, token in SPECIAL.items():
+        if name in fields and not isinstance(values.get(name, fields[name]), int) and rules:
+            values[name] = token
+    config = config_class(**(values | hints))
+    if getattr(config, "is_encoder_decoder", False) and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = 0
+    return config
+
+
+def _fields(config_class):
+    """The settings of a config by name, each with its default; through all the classes that hand on what they do not know."""
+    found = {}
+    for kind in reversed(config_class.__mro__):
+        if "__init__" not in vars(kind):
+            continue
+        for name, parameter in inspect.signature(kind.__init__).parameters.items():
+            if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) and name != "self":
+                found[name] = None if parameter.default is parameter.empty else parameter.default
+    return found
+
+
+def _other_than_default(config):
+    default = type(config)().to_dict()
+    return {name: value for name, value in config.to_dict().items() if name in _fields(type(config)) and value != default.get(name)}
