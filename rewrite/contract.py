@@ -16,7 +16,7 @@ they need:
     role index kind fan_in  the site's role; the number of its block; "linear", "conv", "embedding", "experts" or None; inputs of one output
     key_heads               of attention: how many heads of keys differ (fewer than k has, where each serves several heads of queries)
     positions               the value by which the model counts its tokens, where there is one
-    <name>                  a new tensor of `params` or `shared`
+    <name>                  a new tensor of `params` or `shared`, or an input of `inputs`
 
 A noun names the value that it replaces: `input` x, `weight` w, `bias` b, `output` y, `query` q, `key` k, `value` v, `branch`, `stream`. A noun
 whose value a site does not have is left out there, and so is one that returns its value as it is. `key` and `value` may put more places in
@@ -63,6 +63,7 @@ class Pass:
     `role` is the default `where`; `drift` the allowed relative change of the output at initialisation (0.0 = bit-equal, None: a change is its nature); `example` a step of a
     spec that shows the pass, `shown_after` the steps that it wants before it; `requires(graph)` gives the reason why the graph is not ready for
     it, or None. `no_grad` names handles that backward must not go beyond: all that they are computed from runs under torch.no_grad.
+    `inputs` (name → `Input`; a property where options decide) are what calls of the model take beside its own.
     A pass that is not site-shaped defines `apply(self, edit, sites)` instead of nouns. `choices` are the frozen tensors that a hook
     writes for each step and that the nouns read in training alone.
     """
@@ -73,6 +74,7 @@ class Pass:
     shown_after: ClassVar[tuple[dict, ...]] = ()
     no_grad: ClassVar[tuple[str, ...]] = ()
     choices: ClassVar[tuple[str, ...]] = ()
+    inputs: ClassVar[dict] = {}
 
     def requires(self, graph):
         """Why the graph is not ready for this pass, or None."""
@@ -110,6 +112,19 @@ class Pass:
     def nouns(cls):
         """The nouns that this pass defines, in the order of REPLACES."""
         return tuple(name for name in REPLACES if hasattr(cls, name))
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input beside the model's own, an entry for each row of the batch: (batch, *shape).
+
+    default: what each entry is where a call leaves the input out; None: it must be given. values: the integers that it may hold, None for any.
+    """
+
+    default: int | float | None = None
+    dtype: torch.dtype = torch.int64
+    shape: tuple[int, ...] = ()
+    values: range | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import fx, nn
 from . import graph as g
 from .backward import without_grad
 from .body import Body, signature
+from .calls import added
 from .calls.slots import CACHE
 from .contract import FACTS, FUNCTIONS, REPLACES, has_default, wants
 from .errors import Refused
@@ -205,6 +206,16 @@ class Edit:
             self.attributes[path] = self.by_name[node.name] = node
         return node
 
+    def input(self, name, place):
+        """The placeholder of an input of the pass's own; what another pass calls by that name must be the same."""
+        wanted = self.step.options.inputs[name]
+        known = self.report.inputs.setdefault(name, wanted)
+        if known != wanted:
+            raise Refused(f"{place}: another pass has an input {name!r} of its own, which is {known}; this one's is {wanted}.")
+        node = added.add(self.graph, self.graphs, name, wanted, place)
+        self.by_name[node.name] = node
+        return node
+
     # ---- nouns ----------------------------------------------------------------------------------------------------------
     def apply(self, site, shared):
         """All nouns of the pass at one site; `shared` is what `share` gave."""
@@ -303,6 +314,8 @@ class Edit:
         for name in dict.fromkeys((target, *asked)):
             if name in paths:
                 nodes[name] = self.attribute(paths[name])
+            elif name in options.inputs:
+                nodes[name] = self.input(name, place)
             elif name in FUNCTIONS:
                 functions[name] = self.function(site, name)
             elif name in ("training", *FACTS):

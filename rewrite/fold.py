@@ -36,7 +36,7 @@ class _Region:
                 continue
             if node.op == "get_attr":
                 reads.add(node)
-            elif node in own or "made" in node.meta:
+            elif node in own or ("made" in node.meta and node.op != "placeholder"):
                 inside.add(node)
                 todo += [a for a in node.all_input_nodes if a not in self.operation.extras] if node in own else node.all_input_nodes
             elif node not in self.operation.extras:

@@ -48,7 +48,8 @@ class Report:
     """The report of one rewrite.
 
     `made` maps each new tensor's path to the pass that made it; `trains` are the base tensors that the spec lets train, `written` those that are copies of the live model's own; `folded` those
-    whose values a merge changed, `biases` the bias that a merge had to make for a weight; `opaque` the modules that stayed one call, with the reason; `notes` fall-backs. `hooked` are the steps that do something while training, by place; `memory` the buffers that they remember things in.
+    whose values a merge changed, `biases` the bias that a merge had to make for a weight; `opaque` the modules that stayed one call, with the reason; `notes` fall-backs. `hooked` are the steps that do something while training, by place; `memory` the buffers that they remember things in. `inputs` those beside the model's own
+    (name → `Input`).
     """
 
     applied: list[Applied] = field(default_factory=list)
@@ -57,6 +58,7 @@ class Report:
     written: set[str] = field(default_factory=set)
     folded: set[str] = field(default_factory=set)
     biases: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, object] = field(default_factory=dict)
     opaque: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     hooked: dict[str, Hooked] = field(default_factory=dict)

@@ -146,7 +146,7 @@ class NewTensors:
                 raise Refused(f"{place} gives {name!r} as {tensor.dtype}, which cannot be trained: give frozen(tensor).")
             if nouns and name not in asked:
                 raise Refused(f"{place} gives {name!r}, and no noun asks for it.")
-            if name in (*REPLACES.values(), *FUNCTIONS, *FACTS) or hasattr(nn.Module, name) or name in vars(nn.Module()):
+            if name in (*REPLACES.values(), *FUNCTIONS, *FACTS, *self.step.options.inputs) or hasattr(nn.Module, name) or name in vars(nn.Module()):
                 raise Refused(f"{place} gives {name!r}, a name that already means something at a site or on a module. Choose another.")
         return new
 

@@ -114,9 +114,10 @@ def _at_hint(found, mode):
 
 
 def signature_kept(graph, record):
-    """The same inputs in the same order, as many outputs."""
+    """The same inputs in the same order, then those that passes declared; as many outputs."""
     inputs = tuple(n.target for n in graph.placeholders)
-    if inputs != record.inputs:
+    kept = inputs[: len(record.inputs)] == record.inputs and set(inputs[len(record.inputs) :]) <= record.report.inputs.keys()
+    if not kept:
         return f"inputs were {record.inputs}, now {inputs}"
     if len(_output(graph).args[0]) != record.outputs:
         return f"{record.outputs} outputs before, now {len(_output(graph).args[0])}"

@@ -150,7 +150,7 @@ class Toy:
 
     def run(self, model, batch=2, length=7):
         inputs = {k: v.to(_device(model)) for k, v in self.inputs(batch, length).items()}
-        made = model(**inputs)
+        made = model(**inputs, **added(model, batch))
         return made if isinstance(made, torch.Tensor) else made.logits
 
     def loss(self, model, batch=4, length=9):
@@ -160,6 +160,13 @@ class Toy:
             return F.cross_entropy(logits, torch.arange(batch, device=logits.device) % logits.shape[-1])
         ids = next(iter(self.inputs(batch, length).values())).to(logits.device)
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def added(model, batch):
+    """A value for each input that passes have added and a call must give: other entries in neighbouring rows."""
+    wanted = {name: one for name, one in model.report.inputs.items() if one.default is None} if hasattr(model, "report") else {}
+    rows = {name: torch.arange(batch) % len(one.values) + one.values.start for name, one in wanted.items()}
+    return {name: value.to(_device(model)) for name, value in rows.items()}
 
 
 def _device(model):

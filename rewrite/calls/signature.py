@@ -97,6 +97,13 @@ class Entry:
             tuple(graph.inputs),
         )
 
+    def grown(self, name, added, symbol):
+        """The same graph with one more input behind the others."""
+        words = next((slot.words for slot in self.slots if slot.words), {})
+        sizes = ((0, symbol), *enumerate(added.shape, 1))
+        slot = Slot(name, added.dtype, sizes, len(sizes), words=words, default=added.default, values=added.values)
+        return replace(self, slots=(*self.slots, slot), names=self.names | {name}, inputs=(*self.inputs, name))
+
     def unlabelled(self):
         """The same graph without labels and loss, as `emit.unlabelled` makes it."""
         slots = tuple(slot for slot in self.slots if slot.default != "label")
@@ -129,6 +136,7 @@ class Signature:
     shifts: object
     hidden: HiddenStates
     ignored: tuple[str, ...]
+    added: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model, graphs, variants, trees, owner=""):
@@ -162,6 +170,14 @@ class Signature:
             hidden=HiddenStates.of(own[0].hidden, graphs[own[0].name].blocks, owner),
             ignored=own[0].ignored,
         )
+
+    def grown(self, name, added=None, graph=None, symbol=None):
+        """The same with an input of a pass's own (`added`, an Input), which the graph of that name reads, if any: its batch is the size `symbol`."""
+        entries, first = dict(self.entries), next(iter(self.entries))
+        for key in (graph, "unlabelled") if graph == first else (graph,):
+            if key in entries:
+                entries[key] = entries[key].grown(name, added, symbol)
+        return replace(self, entries=entries, added=tuple(dict.fromkeys((*self.added, name))))
 
     # ---- in
 
@@ -263,7 +279,7 @@ class Signature:
                     "Ask the original model for them."
                 )
             return
-        if name in self.labels or name in self.ignored or (self.loss is not None and name in LOSS_ARGUMENTS):
+        if name in self.added or name in self.labels or name in self.ignored or (self.loss is not None and name in LOSS_ARGUMENTS):
             return
         if name in entry.constants and not isinstance(value, torch.Tensor):
             if entry.constants[name] != value:

@@ -62,8 +62,8 @@ class Slot:
 
     name: the argument it comes from; path: the way to it inside a nested argument, as (key, index) pairs. sizes: (dimension, number
     or symbol) of its shape; derived: (dimension, Formula) where a dimension follows from others. words: symbol → "batch", "length", ….
-    default: "ones", "zeros", "positions" (from `start` on), or None where it must be given, "label" where a loss asks for it.
-    unused: the graph never reads it, so nothing is asked of it.
+    default: "ones", "zeros", "positions" (from `start` on), a number, or None where it must be given, "label" where a loss asks for it.
+    unused: the graph never reads it, so nothing is asked of it. values: the integers that it may hold; looked at where that waits for no device.
     """
 
     name: str
@@ -73,9 +73,10 @@ class Slot:
     path: tuple[tuple[str, int], ...] = ()
     derived: tuple[tuple[int, Formula], ...] = ()
     words: dict[str, str] = field(default_factory=dict)
-    default: str | None = None
+    default: str | int | float | None = None
     start: str | None = None
     unused: bool = False
+    values: range | None = None
 
     def take(self, given):
         """The tensor among the arguments given, or None."""
@@ -114,7 +115,15 @@ class Slot:
                 )
         if value.dtype is not self.dtype:
             value = self._cast(value, what)
+        if self.values is not None and value.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._refuse_strangers(value, what)
         return value
+
+    def _refuse_strangers(self, value, what):
+        known = self.values
+        strange = value[(value < known.start) | (value >= known.stop)]
+        if len(strange):
+            raise Refused(f"{what}: {self.name} holds {strange[0].item()}; its entries are {known.start} to {known.stop - 1}, one for each row of the batch.")
 
     def agree(self, value, sizes, what):
         """Raise Refused where a dimension that follows from others is not what they say."""
@@ -137,7 +146,8 @@ class Slot:
         if self.default == "positions":
             start = sizes[self.start] if self.start is not None else 0
             return torch.arange(start, start + shape[-1], device=device).expand(shape)
-        return torch.full(shape, 1 if self.default == "ones" else 0, dtype=self.dtype, device=device)
+        filling = {"ones": 1, "zeros": 0, "label": 0}.get(self.default, self.default)
+        return torch.full(shape, filling, dtype=self.dtype, device=device)
 
     def picture(self):
         """Its shape in words: "(batch, past + length) of int64"."""

@@ -128,6 +128,9 @@ def sample(node, point, generator):
     """A tensor for an input at the sizes of a point."""
     value = node.meta["val"]
     shape = [form if isinstance(form := expression(size), int) else int(form.subs(point)) for size in value.shape]
+    values = getattr(node.meta.get("added"), "values", None)
+    if values is not None:
+        return torch.randint(values.start, values.stop, shape, generator=generator).to(value.dtype)
     if value.dtype.is_floating_point:
         return torch.randn(shape, generator=generator).to(value.dtype)
     rows = None if value.dtype == torch.bool else bound(node)

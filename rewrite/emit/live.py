@@ -27,13 +27,14 @@ from .unlabelled import unlabelled
 class Printed:
     """What a live class runs: body name → source text, and the role of its module ("top", "block" or "passage").
 
-    `entries` are the blocks at which a top enters each list of blocks.
+    `entries` are the blocks at which a top enters each list of blocks, `inputs` the names of those beside the module's own.
     """
 
     base: type
     role: str
     sources: tuple[tuple[str, str], ...] = ()
     entries: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
 
 
 def make_live(graph):
@@ -67,8 +68,9 @@ def make_live(graph):
         module.__class__ = live_class(Printed(type(module), "block", tuple((body, text) for text, body in texts.items())))
     for owner, sources in tops.items():
         module = attribute(root, owner)
-        module.__class__ = live_class(Printed(type(module), "top", tuple(sources), _entries(cuts[sources[0][0]], owner)))
         first = next(v for v in graph.all() if v.owner == owner)
+        added = getattr(first.signature, "added", ())
+        module.__class__ = live_class(Printed(type(module), "top", tuple(sources), _entries(cuts[sources[0][0]], owner), added))
         module.__dict__["_signature"] = first.signature or Plain(first.name, first.inputs)
         if owner:
             module.__dict__["_whole"] = (root,)  # a tuple, so that the whole is no submodule of its part
@@ -159,7 +161,7 @@ def live_class(printed):
     bodies = {name: compiled(text) for name, text in printed.sources}
     if printed.role == "block":
         return type(base.__name__, (base,), {**space, "forward": _block_forward(bodies)})
-    space |= {"forward": _top_forward(base, bodies), "__deepcopy__": _deepcopy, "graph": None}
+    space |= {"forward": _top_forward(base, bodies, printed.inputs), "__deepcopy__": _deepcopy, "graph": None}
     if hasattr(base, "enable_input_require_grads"):
         space["enable_input_require_grads"] = _enable_input_require_grads
     return type(base.__name__, (base,), space)
@@ -176,7 +178,7 @@ def _block_forward(bodies):
     return forward
 
 
-def _top_forward(base, bodies):
+def _top_forward(base, bodies, inputs):
     def forward(self, *args, **kwargs):
         signature = self._signature
         call = signature.bind(self, args, kwargs)
@@ -186,9 +188,16 @@ def _top_forward(base, bodies):
             flat = bodies[call.name](self, *call.values)
         return signature.pack(self, call, flat)
 
-    forward.__signature__ = inspect.signature(base.forward)
+    forward.__signature__ = _with_inputs(inspect.signature(base.forward), inputs)
     forward.__doc__ = base.forward.__doc__
     return forward
+
+
+def _with_inputs(signature, names):
+    """A signature that also takes `names`, by name: `generate` and trainers ask it what a model takes."""
+    given = list(signature.parameters.values())
+    rest = [given.pop()] if given and given[-1].kind is inspect.Parameter.VAR_KEYWORD else []
+    return signature.replace(parameters=[*given, *(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names), *rest])
 
 
 def _passage_forward(printed):

@@ -55,11 +55,13 @@ def export_program(live, path, variant="forward"):
 def example(graph):
     """One small tensor for each input, of a graph's dtypes and of sizes that the capture met: node name → tensor."""
 
-    def made(value):
+    def made(node):
+        value, values = node.meta["val"], getattr(node.meta.get("added"), "values", None)
         sizes = [int(size.node.hint) if isinstance(size, torch.SymInt) else size for size in value.shape]
-        return (torch.zeros if value.is_floating_point() else torch.ones)(sizes, dtype=value.dtype, device=value.device)
+        filling = values[-1] if values else 0 if value.is_floating_point() else 1
+        return torch.full(sizes, filling, dtype=value.dtype, device=value.device)
 
-    return {node.name: made(node.meta["val"]) for node in graph.placeholders}
+    return {node.name: made(node) for node in graph.placeholders}
 
 
 def _module(graph):
