@@ -43,10 +43,10 @@ def _no_custom_backward(place):
         torch.autograd.Function.apply = original
 
 
-def _trace(function, values, fake_mode):
+def _trace(function, values, fake_mode, dispatched=False):
     # Pre-dispatch: linear, dropout and the like stay one node, as in the captured graph. Not under no_grad, which would be recorded.
     with fake_mode, torch.enable_grad():
-        graph = make_fx(function, pre_dispatch=True, tracing_mode="real")(*values).graph
+        graph = make_fx(function, pre_dispatch=not dispatched, tracing_mode="real")(*values).graph
     for node in reversed(list(graph.nodes)):
         if node.op == "call_function" and not node.users and not (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable):
             graph.erase_node(node)
@@ -82,8 +82,10 @@ def _holds_at_all_sizes(question, ranges):
 class Body:
     """A traced body: `graph` with one placeholder per value given, in order; `flags` are the arguments that depend on training."""
 
-    def __init__(self, function, values, fake_mode, *, training, marker, place):
+    def __init__(self, function, values, fake_mode, *, training, marker, place, dispatched=False):
         """Trace `function(*values, training=…)`; `marker` is the dtype that stands for the model's own in the graph (or None).
+
+        dispatched: follow it beneath vmap, to the ops that then run.
 
         Raises Refused with `place` for what cannot be traced or does not fit (a wrong shape).
         """
@@ -91,8 +93,8 @@ class Body:
         known, ranges = (len(env.guards), dict(env.var_to_range)) if env is not None else (0, {})
         try:
             with _no_custom_backward(place):
-                self.graph = _trace(lambda *v: function(*v, training=False), values, fake_mode)
-                self.flags = _differences(self.graph, _trace(lambda *v: function(*v, training=True), values, fake_mode), place) if training else []
+                self.graph = _trace(lambda *v: function(*v, training=False), values, fake_mode, dispatched)
+                self.flags = _differences(self.graph, _trace(lambda *v: function(*v, training=True), values, fake_mode, dispatched), place) if training else []
         except Refused:
             raise
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:

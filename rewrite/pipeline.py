@@ -8,6 +8,7 @@ import dataclasses
 import time
 
 from .backward import lost_gradient
+from .batch import Batch
 from .capture.model import capture
 from .edit import Edit
 from .emit.live import make_live
@@ -16,6 +17,7 @@ from .fingerprint import fingerprint
 from .graph import attribute
 from .report import Applied, Report, Size
 from .roles.find import Roles, roles
+from .rows import RowsEdit
 from .spec import Spec
 from .text import show
 from .verify import Record, verify
@@ -77,12 +79,12 @@ def _apply_steps(graph, steps, seed, report, donate=False):
     found = [roles(part) for part in graphs]
     memo = {"donate": donate}
     inner = [number for number, part in enumerate(graphs) if number == 0 or part.is_inner]
-    for step in steps:
+    for step in [each for step in steps for each in (step.grouped() if isinstance(step, Batch) else (step,))]:
         start, before = time.perf_counter(), Size.of(graph.root)
         reason = step.options.requires(graph)
         if reason:
             raise Refused(f"{step.place}: {step.method}: {reason}")
-        edits = [Edit(part, sites, graphs, step, seed, report, memo) for part, sites in zip(graphs, found)]
+        edits = [(Edit if step.members is None else RowsEdit)(part, sites, graphs, step, seed, report, memo) for part, sites in zip(graphs, found)]
         if step.options.hooks():
             edits[0].new.hooked()
         texts = [show(part) for part in graphs]  # for the picture in a Broken; 11 µs a node

@@ -49,7 +49,7 @@ class Report:
 
     `made` maps each new tensor's path to the pass that made it; `trains` are the base tensors that the spec lets train, `written` those that are copies of the live model's own; `folded` those
     whose values a merge changed, `biases` the bias that a merge had to make for a weight; `opaque` the modules that stayed one call, with the reason; `notes` fall-backs. `hooked` are the steps that do something while training, by place; `memory` the buffers that they remember things in. `inputs` those beside the model's own
-    (name → `Input`).
+    (name → `Input`); `stacked` maps a tensor with an entry for each of several adapters to adapter → the path of its own tensor alone.
     """
 
     applied: list[Applied] = field(default_factory=list)
@@ -59,6 +59,7 @@ class Report:
     folded: set[str] = field(default_factory=set)
     biases: dict[str, str] = field(default_factory=dict)
     inputs: dict[str, object] = field(default_factory=dict)
+    stacked: dict[str, dict[str, str]] = field(default_factory=dict)
     opaque: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     hooked: dict[str, Hooked] = field(default_factory=dict)

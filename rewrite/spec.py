@@ -21,6 +21,7 @@ from types import ModuleType
 import pydantic
 from torch import nn
 
+from .batch import Batch, parse_batch, place_of, refuse_second
 from .contract import Pass
 from .errors import SpecError
 from .options import COMMON, closest, common, options_model, parse_options, said
@@ -31,7 +32,10 @@ from .roles.where import parse as parse_where
 
 @dataclass(frozen=True)
 class Step:
-    """One pass of a spec: `method` as the spec spells it, `options` an instance of the pass, `place` such as "passes[1]"."""
+    """One pass of a spec: `method` as the spec spells it, `options` an instance of the pass, `place` such as "passes[1]".
+
+    `members`: the adapters of a batch that it serves, None where it serves all rows.
+    """
 
     method: str
     options: Pass
@@ -39,6 +43,7 @@ class Step:
     name: str = "default"
     allow_refusals: bool = False
     place: str = field(default="", compare=False)
+    members: object = field(default=None, compare=False)
 
     def to_dict(self, *, full=False):
         """The step as plain JSON values; defaults are left out unless `full`."""
@@ -255,6 +260,7 @@ def _parse(value, finder, source, faults):
     steps = [_parse_step(step, finder, f"passes[{i}]", faults) for i, step in enumerate(value["passes"])]
     if faults:
         return None
+    refuse_second(steps, faults)
     _check_collisions(steps, faults)
     return Spec(seed, tuple(steps), source)
 
@@ -269,6 +275,8 @@ def _parse_step(step, finder, place, faults):
         if form in step and "pass" not in step:  # a pass may have an option of that name
             faults.append(f'{place}: "{form}" is not supported yet. Write the passes one after the other.')
             return None
+    if "batch" in step and "pass" not in step:
+        return parse_batch(step, place, faults, _name_fault, lambda inner, place: _parse_step(inner, finder, place, faults))
     if "pass" not in step:
         faults.append(f'{place}: "pass" is missing: the name of the pass.{closest(next(iter(step), ""), COMMON)}')
         return None
@@ -320,10 +328,14 @@ def _check_collisions(steps, faults):
     """Two steps that would make tensors of the same names at the same sites, with no whole-graph pass (a merge) in between."""
     seen = {}
     for step in steps:
+        if isinstance(step, Batch):
+            for _, own in step.adapters:
+                _check_collisions(own, faults)
+            continue
         if hasattr(step.options, "apply"):
             seen.clear()
             continue
-        key = (step.method, step.name, json.dumps(step.where, sort_keys=True))
+        key = place_of(step)
         if key in seen:
             there = f'stands at {said(step.where)} already ({seen[key]}) under the name "{step.name}"'
             faults.append(f'{step.place}: "{step.method}" {there}. Give one of them another "name".')

@@ -1,0 +1,339 @@
+"""The rows of a batch, each with an adapter of its own: a body run for every row on its adapter's tensors, in one stroke.
+
+    y = f(x, y, down)     -->     y = where(mask, vmap(f)(x, y, down[slot]), y)        down: adapters × rank × in
+
+`slot` and `mask` come from `adapter_ids`, once for each step: which of the stacked tensors a row takes, and whether the step is for it at all.
+Bodies are traced after dispatch, so that products with a matrix for each row become batched ones and cost does not grow with the adapters.
+"""
+
+import functools
+
+import torch
+from torch import fx
+
+from . import graph as g
+from .batch import IDS
+from .body import Body, signature
+from .calls import added
+from .contract import FACTS, FUNCTIONS, REPLACES, Frozen, Input, has_default, wants
+from .edit import Edit, names_of
+from .errors import Refused
+from .operation import _SAME
+from .tensors import NewTensors, Seen, _tensor
+
+aten = torch.ops.aten
+_RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints}
+_HANDLES = (*dict.fromkeys(REPLACES.values()), "ids", "mask")
+
+
+class RowsEdit(Edit):
+    """The Edit of a step that serves some adapters of a batch (`step.members`)."""
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.members = self.step.members
+        self.new = Stacked(self)
+        self.batch = added.batch_of(self.graph)
+        self._chosen = None
+
+    # ---- which rows ---------------------------------------------------------------------------------------------------------
+    @property
+    def chosen(self):
+        """The nodes of `slot` and `mask`, at the top of the graph."""
+        if self._chosen is None:
+            values = range(-1, len(self.members.names))
+            wanted = Input(values=values)
+            if self.report.inputs.setdefault(IDS, wanted) != wanted:
+                raise Refused(f"{self.step.place}: another pass has an input {IDS!r} of its own.")
+            ids = added.add(self.graph, self.graphs, IDS, wanted, self.step.place)
+            key = (self.step.place, IDS, self.fake_mode, signature(ids.meta["val"]))
+            if key not in self.memo:
+                self.memo[key] = self._body(lambda ids, training: _slot_and_mask(ids, self.members), [ids.meta["val"]], self.step.place)
+            with self.graph.fx.inserting_before(self.top):
+                self._chosen, own = self.memo[key].paste(self.graph.fx, [ids], None, {"path": "", "made": self.kind, "role": f"made.{self.kind}"})
+            self.by_name.update((n.name, n) for n in (ids, *own))
+        return self._chosen
+
+    def rows(self, node):
+        """ "rows" where the first axis of a node's value is the batch, "flat" where it is batch × something, row after row; None else."""
+        value = node.meta.get("val") if node is not None else None
+        if not isinstance(value, torch.Tensor) or not value.dim() or self.batch is None:
+            return None
+        batch, size = g.expression(self.batch), g.expression(value.shape[0])
+        if size == batch:
+            return "rows"
+        if isinstance(size, int) or not (size / batch).is_polynomial(*size.free_symbols) or batch in (size / batch).free_symbols:
+            return None
+        return "flat" if self._is_flattened(node, size) else None
+
+    def _is_flattened(self, node, size):
+        """Was a value batch × something laid out by a plain reshape, and only worked on row by row since?"""
+        while isinstance(node, fx.Node) and node.op == "call_function":
+            source = next((a for a in node.all_input_nodes if isinstance(a.meta.get("val"), torch.Tensor) and a.op != "get_attr"), None)
+            if node.target in _RESHAPES and source is not None and g.shape(source)[0] == g.expression(self.batch):
+                return True
+            rowwise = node.target in _SAME | _RESHAPES or torch.Tag.pointwise in getattr(node.target, "tags", ()) or self._reads_weight(node)
+            if source is None or not rowwise or not g.shape(source) or g.shape(source)[0] != size:
+                return False
+            node = source
+        return False
+
+    @staticmethod
+    def _reads_weight(node):
+        return node.target in (aten.linear.default, aten.addmm.default, aten.mm.default)
+
+    def reason(self, site, sites):
+        """Why the pass declines a site here, or None."""
+        operation = self.operation(site)
+        if operation is not None and operation.kind == "experts":
+            return "its rows are tokens sorted by expert, not those of the batch"
+        why = super().reason(site, sites)
+        if why is not None:
+            return why
+        if self.batch is None:
+            return "it lies inside an opaque module, whose rows are not known" if self.graph.is_inner else "the batch size is not free in this capture"
+        options = self.step.options
+        for target in dict.fromkeys(REPLACES[noun] for noun in options.nouns()):
+            current = self.handle(site, target if target not in ("w", "b") else "y")
+            if current is not None and self.rows(current) is None:
+                return f"the rows of its {target if target not in ('w', 'b') else 'y'}, {g.shape(current)}, are not those of the batch"
+        if hasattr(options, "weight") and operation is None:
+            return "a weight of its own for each row is defined where the weight is that of an operation that can be run again"
+        return None
+
+    # ---- nouns --------------------------------------------------------------------------------------------------------------
+    def apply(self, site, shared):
+        own = self.new.of(site)
+        paths = {**shared, **own}
+        for name in self._trained(site):
+            self._copied(site, name)
+        for noun in self.step.options.nouns():
+            self._rowwise(site, noun, getattr(self.step.options, noun), paths)
+        for name, path in own.items():
+            if not (path in self.attributes and self.attributes[path].users):
+                raise Refused(f"{self.kind} at {site.name}: params() gives {name!r}, and no noun reads it at this site.")
+
+    def _copied(self, site, name):
+        """A base tensor that the pass lets train: a copy for each adapter."""
+        operation = self.operation(site)
+        stored = operation.weight if operation and name == "w" else operation.bias if operation and name == "b" else site.handles[name].target
+        done = (self.step.place, "copied", self.graph.name, stored, site.call)
+        if done in self.memo:
+            return  # by another part of a fused projection
+        self.memo[done] = True
+        noun = next(noun for noun, target in REPLACES.items() if target == name)
+        self._rowwise(site, noun, None, {"copy": self.new.copies(site, stored, name)})
+
+    def _rowwise(self, site, noun, function, paths):
+        """One noun at one site for the rows of its adapters; `function` None: the value is the tensor `copy`."""
+        target, place = REPLACES[noun], f"{self.kind} at {site.path}"
+        if self.handle(site, target) is None:
+            return
+        deep = target in ("w", "b")  # then it is the operation's own value that is replaced, beneath what earlier steps made of it
+        self._refuse_stale_weight(site, target, function, place)
+        current = self._own_value(site) if deep else self.handle(site, target)
+        asked = wants_of(function) if function is not None else ("copy",)
+        nodes, functions = {}, {}
+        for name in dict.fromkeys((target, *(("x", "b") if target == "w" else ()), *asked)):
+            if name in paths:
+                nodes[name] = self.attribute(paths[name])
+            elif name in self.step.options.inputs:
+                nodes[name] = self.input(name, place)
+            elif name in FUNCTIONS:
+                functions[name] = self.function(site, name)
+            elif name not in ("training", *FACTS) and not (function is not None and name not in (*_HANDLES, *site.handles) and has_default(function, name)):
+                nodes[name] = self.handle(site, name)
+                if nodes[name] is None and name not in _HANDLES:
+                    raise Refused(f"{place}: {noun}() asks for {name!r}, which a body in a batch cannot have.")
+        functions = {name: f for name, f in functions.items() if f is not None}
+        if target == "w":
+            functions["op"] = self.function(site, "op")
+        nodes = {name: node for name, node in nodes.items() if node is not None}
+        nodes |= {" current": current} if deep else {}
+        extras = tuple(dict.fromkeys(node for f in functions.values() for node in f.reads))
+        inputs = [*nodes.values(), *extras, *self.chosen]
+        facts = {name: self.value(site, name) for name in FACTS if name in asked}
+        kinds = tuple("stack" if name in paths else self.rows(node) for name, node in (*nodes.items(), *((None, node) for node in extras)))
+        operation = self.operation(site)
+        fixed = (operation and operation.static, *((name, f.static) for name, f in functions.items()), *facts.items())
+        values = [node.meta["val"] for node in inputs]
+        key = (self.step.place, self.fake_mode, noun, function is None, site.layout.rows, tuple(nodes), kinds, tuple(map(signature, values)), fixed)
+        if key not in self.memo:
+            run = _Rows(self, site, target, function, asked, tuple(nodes), extras, kinds, facts, functions, place).run
+            self.memo[key] = self._body(run, values, place, "training" in asked)
+        flag = lambda: self.attribute(".".join(p for p in (site.owner, "training") if p))  # noqa: E731
+        anchor = max(n for n in (current, *inputs) if n.op not in ("get_attr", "placeholder"))
+        with self.graph.fx.inserting_before(anchor.next):
+            new, own = self.memo[key].paste(self.graph.fx, inputs, flag, {"path": site.owner, "made": self.kind, "role": f"made.{self.kind}", "site": site.path})
+        self.by_name.update((n.name, n) for n in own)
+        if new is current:
+            return
+        if not deep:
+            return self._replace(site, target, current, new, own)
+        for user in [user for user in current.users if user not in own]:
+            user.replace_input_with(current, new)
+        base = self._operation_node(site)
+        base.meta["rows"] = new.name
+        base.meta.setdefault("live", new.name)
+        if base.meta["live"] == current.name:
+            base.meta["live"] = new.name
+
+    def _operation_node(self, site):
+        operation = self.operation(site)
+        return operation.node if operation is not None else site.node
+
+    def _own_value(self, site):
+        """What the site's operation gives for its rows, before any step that works on its output."""
+        base = self._operation_node(site)
+        return self.by_name[base.meta["rows"]] if "rows" in base.meta else base
+
+    def _refuse_stale_weight(self, site, target, function, place):
+        """A weight of its own for each row stands nowhere in the graph: what one step has made of it, no later one of that adapter may read."""
+        reads = target == "w" or (function is not None and {"w", "op"} & set(wants_of(function)) and "w" in wants_of(function))
+        for adapter in self.members.adapters:
+            key = ("weight by row", adapter, self.graph.name, self._operation_node(site))
+            if reads and key in self.memo:
+                raise Refused(f"{place}: an earlier step of {adapter!r} has replaced the weight, and in a batch a second one cannot read what became of it. Give one of the two.")
+            if target == "w":
+                self.memo[key] = True
+
+    def _body(self, run, values, place, training=False):
+        with self.fake_mode:
+            fresh = [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) for v in values]
+        marker = next((new for old, new in self.dtypes.items() if old != new), None) or next(iter(self.dtypes.values()), None)
+        return Body(run, fresh, self.fake_mode, training=training, marker=marker, place=place, dispatched=True)
+
+
+def wants_of(function):
+    return wants(function)
+
+
+def _slot_and_mask(ids, members):
+    """Which of the stacked tensors each row takes, and whether it is one of theirs; a number that no adapter has is an error of the lookup."""
+    known = torch.arange(-1, len(members.names), device=ids.device).index_select(0, ids.clamp(min=-1) + 1)
+    first, *others = members.numbers
+    if members.numbers == tuple(range(first, first + len(members.numbers))):
+        return (known - first).clamp(0, len(others)), (known >= first) & (known <= first + len(others))
+    slot, mask = torch.zeros_like(known), known == first
+    for number in others:
+        slot, mask = slot + (known >= number), mask | (known == number)
+    return slot, mask
+
+
+class _Rows:
+    """A noun's body over rows: `run(*values of nodes, *of extras, slot, mask, training=…)`. `kinds`: how each value stands to the batch."""
+
+    def __init__(self, edit, site, target, function, asked, names, extras, kinds, facts, functions, place):
+        self.edit, self.site, self.target, self.function, self.asked, self.names = edit, site, target, function, asked, names
+        self.extras, self.kinds, self.facts, self.functions, self.place = extras, kinds, facts, functions, place
+        self.operation = edit.operation(site)
+
+    def run(self, *tensors, training):
+        *values, slot, mask = tensors
+        keys = (*self.names, *self.extras)
+        whole = dict(zip(keys, values))
+        batched, fixed = {}, {}
+        for key, kind in zip(keys, self.kinds):
+            if kind is None:
+                fixed[key] = whole[key]
+            elif kind == "stack":
+                batched[key] = whole[key].index_select(0, slot)
+            else:
+                batched[key] = whole[key].unsqueeze(1) if kind == "rows" else whole[key].unflatten(0, (slot.shape[0], -1))
+        self.is_same = False
+        new = torch.vmap(lambda row: self.row({**fixed, **row}, training), randomness="different")(batched)
+        name = " current" if " current" in whole else self.target
+        if self.is_same:
+            return whole[name]
+        current, is_flat = batched[name], self.kinds[self.names.index(name)] == "flat"
+        if new.shape != current.shape:
+            raise Refused(f"{self.place}: a row becomes {tuple(new.shape[1:])} where the model has {tuple(current.shape[1:])}.")
+        chosen = torch.where(mask.view(-1, *[1] * (new.dim() - 1)), new, current)
+        return chosen.flatten(0, 1) if is_flat else chosen.squeeze(1)
+
+    def row(self, raw, training):
+        """The new value for one row, whose tensors have a batch of one."""
+        known = {node: raw[node] for node in self.extras}
+        given = {name: self.read(name, raw[name]) if name in raw else None for name in self.asked if name not in ("training", *FUNCTIONS, *FACTS)} | self.facts
+        given |= {name: functools.partial(f.run, known=known) for name, f in self.functions.items() if name in self.asked}
+        given |= {name: training if name == "training" else None for name in self.asked if name not in given}
+        given = {name: given[name] for name in self.asked if name in raw or name in given}
+        if self.function is None:
+            new = raw["copy"]
+            new = self.operation.standard(new) if self.target == "w" and self.operation is not None else new
+        else:
+            new = self.function(**given)
+            if new is given.get(self.target) and self.target in given:
+                self.is_same = True  # as the noun of a pass that leaves this site's value alone gives it back
+                return new
+            new = self.put(raw, new)
+        if self.target == "w":
+            y = self.functions["op"].run(raw["x"], new, known=known)
+            return y if raw.get("b") is None else y + self.along(raw["b"], y)
+        if self.target == "b":
+            return raw[" current"] + self.along(new - raw["b"], raw[" current"])
+        return new
+
+    def read(self, name, value):
+        if self.operation is None or name not in ("w", "b", "y"):
+            return value
+        value = self.operation.standard(value) if name == "w" else value
+        return self.edit._part(self.site, value, self.edit._dim(self.operation, name))
+
+    def put(self, raw, new):
+        """The whole value with the site's rows of it replaced; a weight in standard orientation."""
+        if self.operation is None or self.site.layout.rows is None or self.target not in ("w", "b", "y"):
+            return new
+        whole = self.operation.standard(raw["w"]) if self.target == "w" else raw[self.target]
+        return self.site.layout.rows.put(whole, new, self.edit._dim(self.operation, self.target))
+
+    def along(self, bias, y):
+        """A bias as it is added to y: along the last axis, on a convolution along that of the channels."""
+        behind = y.dim() - 2 if self.operation is not None and self.operation.kind == "conv" else 0
+        return bias.reshape(-1, *[1] * behind)
+
+
+class Stacked(NewTensors):
+    """New tensors of a step that serves several adapters: those that each one's own step would make, under its own seed, stacked."""
+
+    def _made(self, site, base):
+        given = self.edit.given(site, self.step.options.params)
+        tensors = [v for v in given.values() if isinstance(v, torch.Tensor)]
+        return self._stacked(base, lambda step: ".".join(part for part in (site.owner, self.kind, step.name, site.label) if part), lambda: self._own(self._new(site, given), tensors))
+
+    def shared(self, sites):
+        base = f"{self.kind}.{self.step.name}"
+        key = ("shared", self.step.place, base)
+        if key not in self.memo:
+            self.memo[key] = self._stacked(base, lambda step: f"{self.kind}.{step.name}", lambda: self._shared_new(sites))
+        return self.memo[key]
+
+    def _shared_new(self, sites):
+        seen = [Seen(edit, site) for edit, site in sites]
+        new = self._checked(self.step.options.shared(seen), f"{self.kind}: shared()")
+        return self._own(new, [v for one in seen for v in one.given if isinstance(v, torch.Tensor)])
+
+    def _stacked(self, base, alone, make):
+        """`alone(step)`: where an adapter's own step would put its tensors; `make()` gives them, name → tensor."""
+        each = {}
+        for adapter, step in zip(self.edit.members.adapters, self.edit.members.steps):
+            with self._seeded(alone(step)):
+                for name, value in make().items():
+                    each.setdefault(name, []).append((adapter, f"{alone(step)}.{name}", value))
+        return {name: self._stack(f"{base}.{name}", found) for name, found in each.items()}
+
+    def copies(self, site, stored, name):
+        """The path of a copy of a base tensor for each adapter."""
+        parameter = g.attribute(self.edit.graph.root, stored)
+        if len(names := names_of(self.edit.graph.root, parameter)) > 1:
+            raise Refused(f"{self.step.place}: {self.kind} at {site}: {' and '.join(names)} are one tensor, and a copy for each adapter would part them.")
+        base = ".".join(part for part in (site.owner, self.kind, self.step.name) if part)
+        key = ("copies", self.step.place, base, stored)
+        if key not in self.memo:
+            self.memo[key] = self._stack(f"{base}.{name}", [(adapter, stored, parameter.detach()) for adapter in self.edit.members.adapters])
+        return self.memo[key]
+
+    def _stack(self, path, found):
+        stacked = torch.stack([_tensor(value) for _, _, value in found])
+        self.edit.report.stacked[path] = {adapter: own for adapter, own, _ in found}
+        return self._install(path, Frozen(stacked) if isinstance(found[0][2], Frozen) else stacked)
