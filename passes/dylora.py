@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 
 from rewrite.contract import Pass, frozen
+from rewrite.errors import Refused
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,9 @@ class DyLoRA(Pass):
                     grad.zero_().select(dim, last).copy_(kept)
 
     def choose(self, rest, rank):
+        if not 1 <= rank <= self.rank:
+            raise Refused(f"dylora: rank {rank} was not trained: choose one from 1 to {self.rank}.")
         self._cut(rest, rank)
 
     def _cut(self, gate, rank):
-        gate.copy_(torch.where(torch.arange(self.rank, device=gate.device) < rank, self.alpha / rank, 0.0))
+        gate.zero_()[:rank] = self.alpha / rank
