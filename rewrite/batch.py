@@ -47,6 +47,9 @@ class Batch:
         """The form as plain JSON values."""
         return {"batch": {name: [step.to_dict(full=full) for step in steps] for name, steps in self.adapters}}
 
+    def __str__(self):
+        return f"batch ({', '.join(self.names)})"
+
     def grouped(self):
         """The steps to run, each with its Members."""
         waiting = [list(steps) for _, steps in self.adapters]
@@ -102,6 +105,8 @@ def _misplaced(step):
         return "a form cannot stand in a batch; write its steps one after the other."
     if hasattr(step.options, "apply"):
         return f"{step.method} changes the model for all rows alike. Write it before or after the batch."
+    if step.options.mixes():
+        return f"{step.method} mixes what other passes make, which rows with an adapter each have none of."
     if step.options.hooks():
         return f"{step.method} does something to its tensors while training ({', '.join(step.options.hooks())}), which it cannot do to stacked ones. Train it alone."
     return None

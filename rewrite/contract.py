@@ -12,6 +12,8 @@ they need:
     f(x)                    the site's own body, frozen tensors and earlier passes included, on another x of any length
     copy(x)                 the same code on tensors of its own, which start as the base's values and train
     norm(y)                 what the norm after the residual add would give, had the sub-layer given y (post-norm models)
+    block_x embeds          further out: the input of the block around the site, the output of the model's embedding
+    choices                 in a mixing pass (`by` of a choose): the values that the steps of the choose give where the noun has its own, a tuple
     training                the site's own flag
     role index kind fan_in  the site's role; the number of its block; "linear", "conv", "embedding", "experts" or None; inputs of one output
     key_heads               of attention: how many heads of keys differ (fewer than k has, where each serves several heads of queries)
@@ -53,6 +55,8 @@ REPLACES = {"input": "x", "weight": "w", "bias": "b", "output": "y", "query": "q
 #: what a body may ask for beside handles and tensors: functions of the site, and facts of it
 FUNCTIONS = ("op", "mix", "norm", "f", "copy")
 FACTS = ("role", "index", "kind", "fan_in", "key_heads")
+#: values from further out
+OUTER = ("block_x", "embeds")
 HOOKS = ("prepare", "before_forward", "loss", "penalty", "after_backward", "step", "after_step", "groups", "choose")
 
 
@@ -60,8 +64,9 @@ HOOKS = ("prepare", "before_forward", "loss", "penalty", "after_backward", "step
 class Pass:
     """A named, optioned graph → graph step.
 
-    `role` is the default `where`; `drift` the allowed relative change of the output at initialisation (0.0 = bit-equal, None: a change is its nature); `example` a step of a
-    spec that shows the pass, `shown_after` the steps that it wants before it; `requires(graph)` gives the reason why the graph is not ready for
+    `role` is the default `where`; `drift` the allowed relative change of the output at initialisation (0.0 = bit-equal, None: a change is
+    its nature); `example` a step of a spec that shows the pass, `shown_after` the steps that it wants before it, `shown_over` those that a
+    mixing pass chooses from; `freezes_choices`: a mixing pass trains alone; `requires(graph)` gives the reason why the graph is not ready for
     it, or None. `no_grad` names handles that backward must not go beyond: all that they are computed from runs under torch.no_grad.
     `inputs` (name → `Input`; a property where options decide) are what calls of the model take beside its own.
     A pass that is not site-shaped defines `apply(self, edit, sites)` instead of nouns. `choices` are the frozen tensors that a hook
@@ -72,6 +77,8 @@ class Pass:
     drift: ClassVar[float | None] = 0.0
     example: ClassVar[dict] = {}
     shown_after: ClassVar[tuple[dict, ...]] = ()
+    shown_over: ClassVar[tuple[dict, ...]] = ()
+    freezes_choices: ClassVar[bool] = False
     no_grad: ClassVar[tuple[str, ...]] = ()
     choices: ClassVar[tuple[str, ...]] = ()
     inputs: ClassVar[dict] = {}
@@ -107,6 +114,17 @@ class Pass:
     def hooks(self):
         """The hooks of this pass, in the order of HOOKS; `groups` where it asks for another learning rate."""
         return tuple(name for name in HOOKS if hasattr(self, name) and (name != "groups" or self.groups()))
+
+    @classmethod
+    def mixes(cls):
+        """Is this a mixing pass: does a noun of it ask for `choices`?"""
+        return any("choices" in _parameters(getattr(cls, noun)) for noun in cls.nouns())
+
+    @classmethod
+    def shown(cls, name):
+        """The steps of a spec that shows the pass, which is called `name` there; its own stands last."""
+        step = {"pass": name, **cls.example}
+        return [*cls.shown_after, {"choose": [*cls.shown_over], "by": step} if cls.mixes() else step]
 
     @classmethod
     def nouns(cls):

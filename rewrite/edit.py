@@ -11,7 +11,7 @@ from .backward import without_grad
 from .body import Body, signature
 from .calls import added
 from .calls.slots import CACHE
-from .contract import FACTS, FUNCTIONS, REPLACES, has_default, wants
+from .contract import FACTS, FUNCTIONS, OUTER, REPLACES, has_default, wants
 from .errors import Refused
 from .lengthen import growth, lengthen
 from .operation import Again, Operation
@@ -27,14 +27,16 @@ _NORMS = (torch.ops.aten.layer_norm.default, torch.ops.aten.rms_norm.default)
 class Edit:
     """The graph while one pass works on it: reads live handles, pastes bodies, lets tensors train. One per graph and step.
 
-    sites: its Roles. graphs: all variants, the main one first. step: `Step` of the spec. seed: of the spec. report: what the passes made and let train, shared by
-    all variants of a model. memo: traced bodies and what steps remember from one variant to the next, shared likewise. `restructured` is set
-    by a pass that takes nodes away.
+    sites: its Roles. graphs: all variants, the main one first. step: `Step` of the spec. seed: of the spec. report: what the passes made and let
+    train, shared by all variants of a model. memo: traced bodies and what steps remember from one variant to the next, shared likewise.
+    aside: nodes that steps beside this one have made, which are none of its business. `restructured` is set by a pass that takes nodes away,
+    `choices` for a mixing pass: (site, target) → the values to choose from; `replaced` is what was put in place, in order.
     """
 
-    def __init__(self, graph, sites, graphs, step, seed, report, memo):
+    def __init__(self, graph, sites, graphs, step, seed, report, memo, aside=frozenset()):
         self.graph, self.sites, self.step, self.seed, self.report, self.made, self.memo = graph, sites, step, seed, report, report.made, memo
         self.graphs, self.main, self.restructured = graphs, graph is graphs[0], False
+        self.aside, self.choices, self.replaced = aside, {}, []
         self.counted, self.grown = False, {}  # whether the step has replaced the model's positions; masks that it has made longer
         self.kind = step.method.rpartition(".")[2]
         self.by_name = {node.name: node for node in graph.nodes}
@@ -62,6 +64,8 @@ class Edit:
         """The live node of a handle of a site, or None."""
         if name == "positions":
             return self.live(self.sites.positions)
+        if name in OUTER:
+            return self.outer(site, name)
         operation = self.operation(site)
         if operation is None or name not in ("x", "w", "b", "y"):
             replaced = self.by_name.get(site.node.meta.get("handles", {}).get((site.role, name)))
@@ -72,6 +76,13 @@ class Edit:
             return operation.source
         at = operation.x if name == "x" else operation.b
         return operation.node.args[at] if at is not None and len(operation.node.args) > at else None
+
+    def outer(self, site, name):
+        """A value from further out: `block_x` of the block around the site, `embeds` of the last embedding before it; None where there is none."""
+        role, handle = ("block", "x") if name == "block_x" else ("embed", "y")
+        found = [other for other in self.sites if other.role == role and (other.path == site.block if role == "block" else other.node < site.node)]
+        nearest = next((other for other in found if other.call == site.call and role == "block"), found[-1] if found else None)
+        return self.handle(nearest, handle) if nearest is not None else None
 
     @staticmethod
     def operation(site):
@@ -84,7 +95,7 @@ class Edit:
         A weight or bias is the tensor itself in standard orientation; an activation is an empty prototype with its rank, dtype and device,
         sizes that vary being 1. `kind` is "linear", "conv", "embedding", "experts" or None, `fan_in` how many inputs make one output.
         """
-        names, known = wants(method), (*dict.fromkeys((*site.handles, "x", "w", "b", "y")), *FACTS, "norm", "positions")
+        names, known = wants(method), (*dict.fromkeys((*site.handles, "x", "w", "b", "y")), *FACTS, *OUTER, "norm", "positions", *(("choices",) if self.choices else ()))
         for name in names:
             if name not in known:
                 raise Refused(f"{self.kind} at {site.path}: {method.__name__}() asks for {name!r}; it may ask for {', '.join(known)}.")
@@ -112,9 +123,14 @@ class Edit:
             value = g.attribute(self.graph.root, path).detach()
             value = operation.standard(value) if name == "w" else value
             return self._part(site, value, self._dim(operation, name))
-        node = self.sites.positions if name == "positions" else site.handles.get(name)
-        if node is None:
-            return None
+        if name == "choices":
+            target, nodes = next((target, nodes) for (other, target), nodes in self.choices.items() if other is site)
+            return tuple(self._prototype(node, target in site.layout.turned) for node in nodes)
+        node = self.sites.positions if name == "positions" else self.outer(site, name) if name in OUTER else site.handles.get(name)
+        return self._prototype(node, name in site.layout.turned) if node is not None else None
+
+    def _prototype(self, node, turned=False):
+        """An empty tensor like a node's value; a constant itself."""
         if node.op == "get_attr":
             return g.attribute(self.graph.root, node.target).detach()
         fake = node.meta["val"]
@@ -122,7 +138,7 @@ class Edit:
         dtype = {new: old for old, new in self.dtypes.items()}.get(fake.dtype, fake.dtype)
         device = {new: old for old, new in self.devices.items()}.get(fake.device, fake.device)
         value = torch.empty(size, dtype=dtype, device=device)
-        return value.transpose(-1, -2) if name in site.layout.turned else value
+        return value.transpose(-1, -2) if turned else value
 
     def norm_after(self, site):
         """The residual add and the norm that follow a sub-layer's output, as a region that can be run again; None where there are none."""
@@ -228,7 +244,7 @@ class Edit:
             self.own(self._stored(site, name))
         for name in options.no_grad:
             without_grad(self.handle(site, name))
-        longer = {noun: self._noun(site, noun, paths) for noun in options.nouns()}
+        longer = {noun: self._noun(site, noun, paths) for noun in options.nouns() if not self.choices or (site, REPLACES[noun]) in self.choices}
         if any(longer.values()):
             lengthen(self, site, longer)
         for name, path in own.items():
@@ -320,10 +336,14 @@ class Edit:
                 functions[name] = self.function(site, name)
             elif name in ("training", *FACTS):
                 continue
-            elif name not in REPLACES.values() and name not in site.handles and has_default(function, name):
+            elif name == "choices":
+                nodes |= {f"choices[{i}]": node for i, node in enumerate(self.choices[site, target])}
+            elif name not in REPLACES.values() and name not in site.handles and has_default(function, name) and (name not in OUTER or self.outer(site, name) is None):
                 absent.add(name)
             else:
                 nodes[name] = self.handle(site, name)
+                if nodes[name] is None and name in OUTER:
+                    raise Refused(f"{place}: {noun}() asks for {name!r}, and there is {'no block around this site' if name == 'block_x' else 'no embedding in this model'}.")
                 if nodes[name] is None and name not in {*site.handles, "x", "w", "b", "y"}:
                     raise Refused(f"{place}: {noun}() asks for {name!r}; this site has {', '.join(site.handles)} and the new tensors {', '.join(paths) or 'none'}.")
         functions = {name: f for name, f in functions.items() if f is not None}
@@ -345,7 +365,10 @@ class Edit:
         anchor = max([n for n in (current, *inputs) if n.op not in ("get_attr", "placeholder")], default=None)
         # a weight's new value goes right before what reads it there, anything else right after the last thing that it needs
         reader = operation is not None and target in ("w", "b") and (operation.chain or (operation.node,))[0]
-        with self.graph.fx.inserting_before(reader or (min(current.users) if anchor is None else anchor.next)):
+        following = min(current.users) if anchor is None else anchor.next
+        while following in self.aside:  # steps side by side stand in the order of the spec
+            following = following.next
+        with self.graph.fx.inserting_before(reader or following):
             new, own = body.paste(self.graph.fx, inputs, flag, {"path": site.owner, "made": self.kind, "role": f"made.{self.kind}", "site": site.path})
         self.by_name.update((n.name, n) for n in own)
         if new is current:
@@ -391,6 +414,7 @@ class Edit:
             given = {name: read(name, raw[name]) if name in raw else None for name in asked if name not in ("training", *FUNCTIONS, *FACTS)} | facts
             known = dict(zip(extras, tensors[len(names) :]))
             given |= {name: again(name, f, known, training) for name, f in functions.items()}
+            given |= {"choices": tuple(read(target, value) for name, value in raw.items() if name.startswith("choices["))} if "choices" in asked else {}
             given |= {name: training if name == "training" else None for name in asked if name not in given}
             new = function(**given)
             if target in site.layout.turned:
@@ -424,7 +448,7 @@ class Edit:
         operation, inside = self.operation(site), None
         if target not in ("y", "positions"):
             inside = {operation.node, *operation.chain} if operation is not None and target != "x" else between([current], self.handle(site, "y"))
-        users = [user for user in current.users if user not in own and (inside is None or user in inside)]
+        users = [user for user in current.users if user not in own and user not in self.aside and (inside is None or user in inside)]
         if growth(site, target, current, new):  # how many places the model has itself is what it counts its positions and biases by
             users = [user for user in users if isinstance(user.meta.get("val"), torch.Tensor)]
         if any(user < new for user in users):
@@ -437,6 +461,7 @@ class Edit:
             new.meta["stands_for"] = operation.weight if target == "w" else operation.bias
         for user in users:
             user.replace_input_with(current, new)
+        self.replaced.append((site, target, current, new, users))
 
 
 def names_of(root, parameter):

@@ -34,7 +34,9 @@ LIMITS = {
 
 
 def common(cls):
-    """The keys of COMMON that a step of this pass may have: a pass that makes no tensors has no name, one without sites no `where`."""
+    """The keys of COMMON that a step of this pass may have: a pass that makes no tensors has no name, one without sites of its own no `where`."""
+    if cls.mixes():
+        return ("pass", "name")
     if not hasattr(cls, "apply"):
         return COMMON
     return ("pass",) if cls.role is None else ("pass", "where")

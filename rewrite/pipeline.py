@@ -10,15 +10,17 @@ import time
 from .backward import lost_gradient
 from .batch import Batch
 from .capture.model import capture
+from .compose import beside
 from .edit import Edit
 from .emit.live import make_live
 from .errors import Refused
 from .fingerprint import fingerprint
+from .forms import Form
 from .graph import attribute
 from .report import Applied, Report, Size
 from .roles.find import Roles, roles
 from .rows import RowsEdit
-from .spec import Spec
+from .spec import Spec, Step
 from .text import show
 from .verify import Record, verify
 from .roles.where import select
@@ -74,38 +76,68 @@ def apply(graph, spec, *, donate=False):
 
 
 def _apply_steps(graph, steps, seed, report, donate=False):
-    graphs = graph.all()
-    records = [Record.of(part, report, graphs) for part in graphs]
-    found = [roles(part) for part in graphs]
-    memo = {"donate": donate}
-    inner = [number for number, part in enumerate(graphs) if number == 0 or part.is_inner]
-    for step in [each for step in steps for each in (step.grouped() if isinstance(step, Batch) else (step,))]:
-        start, before = time.perf_counter(), Size.of(graph.root)
-        reason = step.options.requires(graph)
+    work = Work(graph, seed, report, donate)
+    for number, step in enumerate(steps):
+        step = step if step.place else dataclasses.replace(step, place=f"passes[{number}]")  # one that was not read from a spec
+        texts = [show(part) for part in work.graphs]  # for the picture in a Broken; 11 µs a node
+        work.apply(step)
+        name = step.method if isinstance(step, Step) else str(step)
+        for part, record, text in zip(work.graphs, work.records, texts):
+            verify(part, record, name, text)
+            _refuse_lost_gradients(part, f"{step.place}: {name}")
+
+
+class Work:
+    """All graphs of a model under the steps of a spec.
+
+    `inner` are the numbers of the graphs that together are the model, the others are other calls of it. One entry a graph: `found` its sites,
+    `aside` the nodes that steps beside the present one have made, `replaced` what has been put in place, in order.
+    """
+
+    def __init__(self, graph, seed, report, donate):
+        self.graphs, self.seed, self.report, self.memo = graph.all(), seed, report, {"donate": donate}
+        self.records = [Record.of(part, report, self.graphs) for part in self.graphs]
+        self.found = [roles(part) for part in self.graphs]
+        self.inner = [number for number, part in enumerate(self.graphs) if number == 0 or part.is_inner]
+        self.aside, self.replaced = [frozenset() for _ in self.graphs], [[] for _ in self.graphs]
+
+    def apply(self, step):
+        """One step, a form, or several steps in order (a tuple, a batch)."""
+        if isinstance(step, tuple | Batch):
+            for each in step.grouped() if isinstance(step, Batch) else step:
+                self.apply(each)
+        elif isinstance(step, Form):
+            beside(self, step)
+        else:
+            self.step(step, _picked(step, self.found, self.inner))
+
+    def step(self, step, picked, choices=None):
+        """One step at the sites `picked`, one list a graph; `choices` are those of a mixing pass, one dict a graph."""
+        start, before = time.perf_counter(), Size.of(self.graphs[0].root)
+        reason = step.options.requires(self.graphs[0])
         if reason:
             raise Refused(f"{step.place}: {step.method}: {reason}")
-        edits = [(Edit if step.members is None else RowsEdit)(part, sites, graphs, step, seed, report, memo) for part, sites in zip(graphs, found)]
+        kind = Edit if step.members is None else RowsEdit
+        edits = [kind(part, sites, self.graphs, step, self.seed, self.report, self.memo, aside) for part, sites, aside in zip(self.graphs, self.found, self.aside)]
         if step.options.hooks():
             edits[0].new.hooked()
-        texts = [show(part) for part in graphs]  # for the picture in a Broken; 11 µs a node
-        picked = _picked(step, found, inner)
-        sites, refused = _run(edits, picked, inner)
+        for edit, given in zip(edits, choices or ()):
+            edit.choices = given
+        sites, refused = _run(edits, picked, self.inner)
         for number, edit in enumerate(edits):  # when all are done: the tree must have let go of what they have folded
+            self.replaced[number] += edit.replaced
             if edit.restructured:
-                found[number] = roles(edit.graph)
-        for part, record, text in zip(graphs, records, texts):
-            verify(part, record, step.method, text)
-            _refuse_lost_gradients(part, step)
-        report.applied.append(Applied(step.method, step.name, step.place, sites, refused, before, Size.of(graph.root), time.perf_counter() - start))
+                self.found[number] = roles(edit.graph)
+        self.report.applied.append(Applied(step.method, step.name, step.place, sites, refused, before, Size.of(self.graphs[0].root), time.perf_counter() - start))
 
 
-def _refuse_lost_gradients(graph, step):
+def _refuse_lost_gradients(graph, place):
     trains = lambda path: getattr(attribute(graph.root, path), "requires_grad", False)  # noqa: E731
     lost = lost_gradient(graph, trains)
     if lost is not None:
         path, node = lost
         raise Refused(
-            f"{step.place}: {step.method}: @{path} is to train, and what it makes is read (by %{node.name}) in a part that runs without gradients: "
+            f"{place}: @{path} is to train, and what it makes is read (by %{node.name}) in a part that runs without gradients: "
             "it would never change.  Freeze it, narrow \"where\", or leave out the pass that keeps backward out of that part."
         )
 

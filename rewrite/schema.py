@@ -51,6 +51,10 @@ def schema(found):
         definitions |= options.get("$defs", {})
         steps[f"pass.{name}"] = _step_schema(name, cls, options)
     steps["pass.other"] = own
+    mixing = [f"pass.{name}" for name, cls in found.items() if cls.mixes()]
+    plain = [key for key in steps if key not in mixing]
+    whole = [f"pass.{name}" for name, cls in found.items() if hasattr(cls, "apply")]
+    forms = _forms([key for key in plain if key not in whole], [*mixing, "pass.other"])
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "rewrite spec",
@@ -65,11 +69,29 @@ def schema(found):
                 "default": 0,
                 "description": "Seeds the new tensors, with the path of their site.",
             },
-            "passes": {"type": "array", "items": {"anyOf": [{"$ref": f"#/$defs/{key}"} for key in steps]}},
+            "passes": {"type": "array", "items": _any_of([*plain, "parallel", "choose"])},
         },
         "required": ["passes"],
         "additionalProperties": False,
-        "$defs": {**steps, **_SHARED, **definitions},
+        "$defs": {**steps, **forms, **_SHARED, **definitions},
+    }
+
+
+def _any_of(keys):
+    return {"anyOf": [{"$ref": f"#/$defs/{key}"} for key in keys]}
+
+
+def _forms(inner, mixing):
+    """The forms of a spec: steps side by side. `inner` and `mixing` are the definitions that may stand in them, and in `by`."""
+
+    def form(description, **properties):
+        return {"description": description, "type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+
+    steps = {"anyOf": [*_any_of([*inner, "parallel", "choose"])["anyOf"], {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/inner"}, "description": "These, one after the other."}]}
+    return {
+        "inner": steps,
+        "parallel": form("Each step sees the model as it is before all of them; the differences that they make to a value are added up.", parallel={"type": "array", "minItems": 2, "items": {"$ref": "#/$defs/inner"}}),
+        "choose": form("Each step sees the model as it is before all of them; a mixing pass makes one value of theirs.", choose={"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/inner"}}, by=_any_of(mixing)),
     }
 
 

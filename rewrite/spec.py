@@ -24,6 +24,7 @@ from torch import nn
 from .batch import Batch, parse_batch, place_of, refuse_second
 from .contract import Pass
 from .errors import SpecError
+from .forms import Form, form_of, leaves, parse_form, refuse_mixing
 from .options import COMMON, closest, common, options_model, parse_options, said
 from .schema import SEED_LIMIT, schema
 from .roles.where import parse as parse_where
@@ -61,7 +62,7 @@ class Spec:
     """A checked spec. `source` is the file that it came from, for messages; two specs are equal when they ask for the same."""
 
     seed: int = 0
-    passes: tuple[Step, ...] = ()
+    passes: tuple[Step | Form, ...] = ()
     source: str | None = field(default=None, compare=False)
 
     @staticmethod
@@ -258,6 +259,8 @@ def _parse(value, finder, source, faults):
         faults.append(f"passes: expected list, got {said(value['passes'])}")
         return None
     steps = [_parse_step(step, finder, f"passes[{i}]", faults) for i, step in enumerate(value["passes"])]
+    for step in steps:
+        refuse_mixing(step, faults)
     if faults:
         return None
     refuse_second(steps, faults)
@@ -266,15 +269,14 @@ def _parse(value, finder, source, faults):
 
 
 def _parse_step(step, finder, place, faults):
-    """One Step, or None with what is wrong added to `faults`."""
+    """One Step or Form, or None with what is wrong added to `faults`."""
     before = len(faults)
     if not isinstance(step, dict):
         faults.append(f'{place}: expected an object such as {{"pass": "lora", …}}, got {said(step)}')
         return None
-    for form in ("parallel", "choose"):
-        if form in step and "pass" not in step:  # a pass may have an option of that name
-            faults.append(f'{place}: "{form}" is not supported yet. Write the passes one after the other.')
-            return None
+    kind = form_of(step)
+    if kind is not None:
+        return parse_form(kind, step, place, faults, lambda inner, place: _parse_step(inner, finder, place, faults))
     if "batch" in step and "pass" not in step:
         return parse_batch(step, place, faults, _name_fault, lambda inner, place: _parse_step(inner, finder, place, faults))
     if "pass" not in step:
@@ -299,7 +301,7 @@ def _parse_step(step, finder, place, faults):
     where = step.get("where", cls.role)
     for key in COMMON:
         if key in step and key not in common(cls):
-            what = "works on the whole graph" if cls.role is None else "makes no tensors"
+            what = "works where the steps of its choose do" if cls.mixes() else "works on the whole graph" if cls.role is None else "makes no tensors"
             faults.append(f'{place}: {method} {what} and takes no "{key}". Leave it out.')
     if where is None and "where" in common(cls) and "where" not in step:
         faults.append(f'{place}: {method} needs "where": the role on which it works')
@@ -332,11 +334,12 @@ def _check_collisions(steps, faults):
             for _, own in step.adapters:
                 _check_collisions(own, faults)
             continue
-        if hasattr(step.options, "apply"):
+        if isinstance(step, Step) and hasattr(step.options, "apply"):
             seen.clear()
             continue
-        key = place_of(step)
-        if key in seen:
-            there = f'stands at {said(step.where)} already ({seen[key]}) under the name "{step.name}"'
-            faults.append(f'{step.place}: "{step.method}" {there}. Give one of them another "name".')
-        seen.setdefault(key, step.place)
+        for leaf in leaves(step):
+            key = place_of(leaf) if leaf.where is not None or not isinstance(step, Form) else (leaf.method, leaf.name, json.dumps(step.to_dict()))
+            if key in seen:
+                there = f'stands at {said(leaf.where)} already ({seen[key]}) under the name "{leaf.name}"'
+                faults.append(f'{leaf.place}: "{leaf.method}" {there}. Give one of them another "name".')
+            seen.setdefault(key, leaf.place)

@@ -5,9 +5,10 @@ import hashlib
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from . import graph as g
-from .contract import FACTS, FUNCTIONS, REPLACES, Frozen, wants
+from .contract import FACTS, FUNCTIONS, OUTER, REPLACES, Frozen, wants
 from .errors import Refused
 from .hooks import COUNTER, Base, Held, Hooked
 
@@ -65,7 +66,7 @@ class NewTensors:
 
     def _made(self, site, base):
         given = self.edit.given(site, self.step.options.params)
-        tensors = [v for v in given.values() if isinstance(v, torch.Tensor)]
+        tensors = [v for v in pytree.tree_leaves(given) if isinstance(v, torch.Tensor)]
         new = self._alike(site, given) if tensors and all(v.is_meta for v in tensors) else None
         if new is None:
             with self._seeded(base):
@@ -113,7 +114,7 @@ class NewTensors:
     def _alike(self, site, given):
         """Without values to make, the shapes of one site serve all alike; None where a pass makes values from nothing."""
         operation = self.edit.operation(site)
-        facts = tuple((n, tuple(v.shape), v.dtype) if isinstance(v, torch.Tensor) else (n, v) for n, v in given.items())
+        facts = tuple((tuple(v.shape), v.dtype) if isinstance(v, torch.Tensor) else v for v in pytree.tree_leaves(given))
         key = ("params", self.step.place, operation and operation.kind, facts)
         if key not in self.memo:
             self.memo[key] = self._new(site, given)
@@ -146,7 +147,7 @@ class NewTensors:
                 raise Refused(f"{place} gives {name!r} as {tensor.dtype}, which cannot be trained: give frozen(tensor).")
             if nouns and name not in asked:
                 raise Refused(f"{place} gives {name!r}, and no noun asks for it.")
-            if name in (*REPLACES.values(), *FUNCTIONS, *FACTS, *self.step.options.inputs) or hasattr(nn.Module, name) or name in vars(nn.Module()):
+            if name in (*REPLACES.values(), *FUNCTIONS, *FACTS, *OUTER, "choices", *self.step.options.inputs) or hasattr(nn.Module, name) or name in vars(nn.Module()):
                 raise Refused(f"{place} gives {name!r}, a name that already means something at a site or on a module. Choose another.")
         return new
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import json
 import re
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from rewrite import Spec
+from rewrite.forms import leaves
 from rewrite.spec import builtin_names, pass_of
 
 TOP = Path(__file__).resolve().parent.parent
@@ -89,7 +91,7 @@ def test_one_stem(name):
     assert pass_of(module).__name__.lower() == name.replace("_", "")
     path = TOP / "examples" / f"{name}.json"
     assert path.is_file(), "each pass has an example of its own"
-    assert name in [step["pass"] for step in json.loads(path.read_text())["passes"]]
+    assert name in [leaf.method for step in Spec.parse(path).passes for leaf in leaves(step)]
 
 
 @pytest.mark.parametrize("path", sorted((TOP / "examples").glob("*.json")), ids=lambda p: p.stem)

@@ -36,8 +36,13 @@ def class_of(name):
 
 def spec_of(name, seed=0):
     """The spec that shows a pass, as a dict: what it wants before it, then its example."""
-    cls = class_of(name)
-    return {"seed": seed, "passes": [*cls.shown_after, {"pass": name, **cls.example}]}
+    return {"seed": seed, "passes": class_of(name).shown(name)}
+
+
+def own(spec):
+    """The step of a pass in the spec that shows it, and its place."""
+    last, place = spec["passes"][-1], f"passes[{len(spec['passes']) - 1}]"
+    return (last["by"], f"{place}.by") if "by" in last else (last, place)
 
 
 def rewritten(name, toy, seed=0):
@@ -93,7 +98,7 @@ def picture(name, toy):
     pipeline.apply(before, dataclasses.replace(spec, passes=spec.passes[:-1]))
     report = pipeline.apply(after, spec)
     was, now = lines(before), lines(after)
-    shown = [one for one in report.applied if one.sites][-1 if spec.passes[-1].where is not None else 0]
+    shown = [one for one in report.applied if one.sites][0 if getattr(spec.passes[-1], "where", "by") is None else -1]
     site = shown.sites[0][0]
     near = next(s for s in pipeline.roles(untouched(toy)) if s.name == site and s.role == shown.sites[0][1])
     own = {near.node.name, *(n.name for n in (near.operation,) if n is not None)}
@@ -190,6 +195,9 @@ def test_learns(name, toy):
         return  # a pass that lets nothing train (a merge)
     frozen = {n: p.detach().clone() for n, p in live.named_parameters() if not p.requires_grad}
     assert not learned(train(rewritten(name, toy), TOYS[toy].loss, steps=3, lr=0.0))
+    if class_of(name).mixes() and live.spec.passes[-1].by.options.freezes_choices:
+        wake(live)  # what it mixes was trained before
+        frozen = {n: live.get_parameter(n).detach().clone() for n in frozen}
     losses = train(live.train(), TOYS[toy].loss)
     assert learned(losses), f"{losses[0]:.3f} → {losses[-1]:.3f}"
     for path, value in frozen.items():
@@ -244,29 +252,28 @@ def test_save_load_export(name, toy, tmp_path):
 @every_pass
 def test_refuses_a_where_that_hits_nothing(name):
     spec = spec_of(name)
+    step, place = own(spec)
+    step["where"] = "router"
+    kind, told = Refused, f'{place}: {name} found no site for "router".  This model has: attention'
     if "where" not in common(class_of(name)):
-        spec["passes"][-1]["where"] = "linear"
-        with pytest.raises(SpecError, match=rf"passes\[{len(spec['passes']) - 1}\]: {name} works on the whole graph"):
-            rewrite(model_of("gated"), spec)
-        return
-    spec["passes"][-1]["where"] = "router"
-    with unchanged(model_of("gated")), pytest.raises(Refused, match=rf'passes\[{len(spec["passes"]) - 1}\]: {name} found no site for "router"\.  This model has: attention'):
+        kind, told = SpecError, f"{place}: {name} works where the steps of its choose do" if class_of(name).mixes() else f"{place}: {name} works on the whole graph"
+    with unchanged(model_of("gated")), pytest.raises(kind, match=re.escape(told)):
         rewrite(model_of("gated"), spec)
 
 
 @every_pass
 def test_refuses_impossible_options(name):
-    spec, place = spec_of(name), len(spec_of(name)["passes"]) - 1
+    _, place = own(spec_of(name))
     assert not {f.name for f in dataclasses.fields(class_of(name))} & set(COMMON)
     for option in [f.name for f in dataclasses.fields(class_of(name))]:
         for wrong in ({}, None, float("nan"), [[]]):
-            broken = json.loads(json.dumps(spec))
-            broken["passes"][place][option] = wrong
-            with pytest.raises(SpecError, match=rf"passes\[{place}\]\.{option}: expected "):
+            broken = json.loads(json.dumps(spec_of(name)))
+            own(broken)[0][option] = wrong
+            with pytest.raises(SpecError, match=rf"{re.escape(place)}\.{option}: expected "):
                 rewrite(model_of("gated"), broken)
-    broken = json.loads(json.dumps(spec))
-    broken["passes"][place]["no_such_option"] = 1
-    with pytest.raises(SpecError, match=rf"passes\[{place}\].*no_such_option"):
+    broken = json.loads(json.dumps(spec_of(name)))
+    own(broken)[0]["no_such_option"] = 1
+    with pytest.raises(SpecError, match=rf"{re.escape(place)}.*no_such_option"):
         rewrite(model_of("gated"), broken)
 
 

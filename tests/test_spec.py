@@ -261,8 +261,8 @@ def test_every_mistake_is_told_at_once():
         ({"passes": [{"pass": 3}]}, "passes[0].pass: expected string, got 3"),
         ({"passes": [], "seed": True}, "seed: expected int from 0 to 2⁶³-1, got true"),
         ({"passes": [], "seed": 2**63}, f"seed: expected int from 0 to 2⁶³-1, got {2**63}"),
-        ({"passes": [{"parallel": []}]}, 'passes[0]: "parallel" is not supported yet. Write the passes one after the other.'),
-        ({"passes": [{"choose": []}]}, 'passes[0]: "choose" is not supported yet. Write the passes one after the other.'),
+        ({"passes": [{"parallel": []}]}, "passes[0].parallel: expected list of at least 2 steps, got []"),
+        ({"passes": [{"choose": 3, "by": {"pass": "adapter_fusion"}}]}, "passes[0].choose: expected list of at least 1 step, got 3"),
         ({"passes": [{"pass": "rosa", 3: 4}]}, "passes[0]: a key must be a string, got 3"),
         ({"passes": [{"pass": "rosa", "rank": 3 + 0j}]}, "passes[0].rank: expected a JSON value, got builtins.complex"),
     ],
@@ -410,7 +410,7 @@ def test_what_is_handed_over_must_be_a_pass():
 
 @pytest.mark.parametrize("name", builtin_names())
 def test_every_built_in_pass_parses_its_example_and_round_trips(name):
-    spec = Spec.parse({"passes": [{"pass": name, **pass_of(importlib.import_module(f"rewrite.passes.{name}")).example}]})
+    spec = Spec.parse({"passes": pass_of(importlib.import_module(f"rewrite.passes.{name}")).shown(name)})
     assert Spec.parse(json.loads(spec.to_json())) == spec
     jsonschema.validate(spec.to_dict(), Spec.schema())
 
