@@ -49,4 +49,4 @@ class SoRA(Pass):
 
     def compacted(self, site):
         left = site.gate.nonzero().flatten()
-        return {"rank": len(left)}, {"down": site.down[left], "gate": site.gate[left], "up": site.up[:, left]}
+        return ({"rank": len(left)}, {"down": site.down[left], "gate": site.gate[left], "up": site.up[:, left]}) if len(left) else None

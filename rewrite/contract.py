@@ -42,6 +42,7 @@ What happens while training is said in hooks (`rewrite.training` calls them, onc
     after_step(sites, …)        the optimizer has stepped, the gradients are still there
     groups()                    factors of the learning rate, by name of tensor
     choose(sites, …)            a choice made by hand, `rewrite.training(live).choose(rank=4)`: its own arguments are the keywords
+    compacted(site)             for `rewrite.compact`: (options, tensors) that are left of a site, None where nothing is
 """
 
 import functools

@@ -43,10 +43,11 @@ def rewrite(model, spec, example=None, *, donate=False):
     report = apply(graph, spec, donate=donate)
     if donate:
         base.settle()  # hashed now: the tensors it would be made from later are about to change
-    return _live(graph, spec, report, base)
+    return live_of(graph, spec, report, base)
 
 
-def _live(graph, spec, report, base):
+def live_of(graph, spec, report, base):
+    """The live model of a graph to which the steps of a spec have been applied; `base` is the fingerprint of the model given."""
     live = make_live(graph)
     live.__dict__.update(graph=graph, spec=spec, report=report, _base=base)
     return live
@@ -63,7 +64,7 @@ def merge(live, *, partial=False):
     (step,) = Spec.parse({"passes": [{"pass": "merge", "partial": partial}]}).passes
     step = dataclasses.replace(step, place="merge(live)")
     _apply_steps(graph, (step,), live.spec.seed, report)
-    return _live(graph, dataclasses.replace(live.spec, passes=(*live.spec.passes, step)), report, live._base)
+    return live_of(graph, dataclasses.replace(live.spec, passes=(*live.spec.passes, step)), report, live._base)
 
 
 def apply(graph, spec, *, donate=False):
@@ -71,6 +72,8 @@ def apply(graph, spec, *, donate=False):
     report = Report(opaque=dict(graph.opaque), notes=list(graph.notes))
     for parameter in graph.root.parameters():
         parameter.requires_grad_(False)
+    if not donate and any(hasattr(getattr(step, "options", None), "compacted") for step in spec.passes):
+        graph.captured = graph.copy()
     _apply_steps(graph, spec.passes, spec.seed, report, donate)
     return report
 

@@ -47,9 +47,11 @@ class Applied:
 class Report:
     """The report of one rewrite.
 
-    `made` maps each new tensor's path to the pass that made it; `trains` are the base tensors that the spec lets train, `written` those that are copies of the live model's own; `folded` those
-    whose values a merge changed, `biases` the bias that a merge had to make for a weight; `opaque` the modules that stayed one call, with the reason; `notes` fall-backs. `hooked` are the steps that do something while training, by place; `memory` the buffers that they remember things in. `inputs` those beside the model's own
-    (name → `Input`); `stacked` maps a tensor with an entry for each of several adapters to adapter → the path of its own tensor alone.
+    `made` maps each new tensor's path to the pass that made it; `trains` are the base tensors that the spec lets train, `written` those that are
+    copies of the live model's own; `folded` those whose values a merge changed, `biases` the bias that a merge had to make for a weight; `opaque`
+    the modules that stayed one call, with the reason; `notes` fall-backs. `hooked` are the steps that do something while training, by place;
+    `memory` the buffers that they remember things in. `inputs` those beside the model's own (name → `Input`); `stacked` maps a tensor with an
+    entry for each of several adapters to adapter → the path of its own tensor alone.
     """
 
     applied: list[Applied] = field(default_factory=list)

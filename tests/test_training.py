@@ -12,7 +12,7 @@ from checks import TOYS, captured, close, model_of, rejects, rounding, tensor_of
 from peft.optimizers import create_loraplus_optimizer
 from torch.nn import functional as F
 
-from rewrite import Pass, Refused, Spec, load, merge, pipeline, rewrite, save, training
+from rewrite import Pass, Refused, Spec, compact, load, merge, pipeline, rewrite, save, training
 from rewrite.contract import frozen
 
 EXACT = rounding(torch.float64)
@@ -483,6 +483,33 @@ def test_sora_takes_proximal_steps():
             if i == 0:
                 rejects(reference=moved, result=tensor_of(live, path), drift=EXACT)
     assert 0 < sum(int(tensor_of(live, path).count_nonzero()) for path in gates) < 6 * len(gates)
+
+
+def test_compact_leaves_out_what_is_zero(tmp_path):
+    live = stir(tuned({"pass": "sora", "where": "attention.{q,v,o}", "rank": 6}, {"pass": "unfreeze", "where": "head"}), size=0.5)
+    sites = next(iter(live.report.hooked.values())).views(live)
+    with torch.no_grad():
+        live.lm_head.weight.mul_(1.1)
+        for zeros, site in zip((3, 6, 1, 3, 0, 6), sites):
+            site.gate[:zeros] = 0
+    small = compact(live)
+    close(reference=ours(live).logits, result=ours(small).logits, drift=EXACT)
+    ranks = {path: len(tensor_of(small, path)) for path in small.report.made if path.endswith("gate")}
+    assert sorted(ranks.values()) == [3, 3, 5, 6] and len(small.spec.passes) == 4
+    assert small.spec.to_dict()["passes"][0]["rank"] == 3 and len(small.spec.passes[0].where) == 2
+    again = load(base(), save(small, tmp_path / "small")).train()
+    close(reference=ours(small).logits, result=ours(again).logits, drift=0.0)
+    before = state(live)
+    run(small, 2)
+    same(before, state(live))
+    close(reference=ours(compact(small)).logits, result=ours(small).logits, drift=EXACT)
+    with torch.no_grad():
+        tensor_of(again, next(path for path in small.report.made if path.endswith("gate")))[0] = 0
+    rejects(reference=ours(live).logits, result=ours(again).logits, drift=EXACT)
+    with pytest.raises(Refused, match="compact: a merge has changed the base weights. Compact before you merge."):
+        compact(tuned({"pass": "lora", "where": "attention.q", "rank": 2}, {"pass": "merge"}, {"pass": "sora", "where": "attention.v", "rank": 2}))
+    with pytest.raises(Refused, match="compact: no pass of this model leaves anything out. Its passes: lora"):
+        compact(tuned({"pass": "lora", "where": "attention.q", "rank": 2}))
 
 
 def test_adamix_runs_one_copy_in_training_and_the_mean_elsewhere():
