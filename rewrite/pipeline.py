@@ -39,7 +39,11 @@ def rewrite(model, spec, example=None, *, donate=False):
     """
     spec = Spec.parse(spec)
     base = fingerprint(model)
-    graph = capture(model, example)
+    return rewritten(capture(model, example), spec, base, donate=donate)
+
+
+def rewritten(graph, spec, base, *, donate=False):
+    """The live model of a captured graph, which is used up; `base` is the fingerprint of the model that it was captured from."""
     report = apply(graph, spec, donate=donate)
     if donate:
         base.settle()  # hashed now: the tensors it would be made from later are about to change

@@ -30,16 +30,24 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 # -- save ----------------------------------------------------------------------------------------------------------------------------
 
 
-def save(live, folder):
+def save(live, folder, format="rewrite"):
     """Write the live model's spec and what differs from its base to `folder`, and return the folder's path.
 
-    The folder appears, or replaces an earlier one of this kind, only when it is complete. Raises Refused for a model that did not come
-    from `rewrite`, values that are NaN or infinite, a folder that holds anything else, or one that cannot be written.
+    format: "peft" writes what Hugging Face's PEFT loads instead, for the methods that it has. The folder appears, or replaces an earlier
+    one of its kind, only when it is complete. Raises Refused for a model that did not come from `rewrite`, values that are NaN or infinite,
+    a folder that holds anything else, or one that cannot be written, and for what PEFT cannot say.
     """
+    if format not in ("rewrite", "peft"):
+        raise Refused(f'save: there is no format {format!r}. Formats: "rewrite", "peft".')
     live = unwrapped(live)
     folder = Path(folder)
     dtype, tensors = _differing(live)
     _refuse_not_finite(tensors, "was not saved: did the training diverge?")
+    if format == "peft":
+        from .peft.write import files
+
+        _replace(folder, files(live, tensors))
+        return folder
     record = {
         "format": FORMAT,
         "spec": live.spec.to_dict(full=True),
@@ -111,7 +119,7 @@ def refuse_unwritable(folder):
 def _replace(folder, files):
     """Write a folder of files beside `folder`, then put it in its place."""
     folder = Path(os.path.abspath(folder))
-    _refuse_foreign(folder)
+    _refuse_foreign(folder, tuple(files))
     token = secrets.token_hex(4)
     fresh, old = (folder.with_name(f".{folder.name}.{word}-{token}") for word in ("new", "old"))
     try:
@@ -139,8 +147,8 @@ def _replace(folder, files):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _refuse_foreign(folder):
-    """Only a folder that is not there, is empty, or holds what `save` wrote and nothing else, may be replaced."""
+def _refuse_foreign(folder, own=(SPEC, ADAPTER)):
+    """Only a folder that is not there, is empty, or holds what `save` writes (`own`) and nothing else, may be replaced."""
     if not os.path.lexists(folder):
         return
     if folder.is_symlink() or not folder.is_dir():
@@ -149,11 +157,11 @@ def _refuse_foreign(folder):
         names = sorted(os.listdir(folder))
     except OSError as error:
         raise Refused(f"{folder}: cannot be read: {error.strerror}. Choose another folder. Nothing was written.") from error
-    other = [name for name in names if name not in (SPEC, ADAPTER)]
-    if other or (names and names != sorted((SPEC, ADAPTER))):
+    other = [name for name in names if name not in own]
+    if other or (names and names != sorted(own)):
         what = ", ".join((other or names)[:3]) + (" …" if len(other or names) > 3 else "")
         raise Refused(f"{folder}: holds other files ({what}), which saving would replace. Choose a new folder. Nothing was written.")
-    if names:
+    if names and ADAPTER in own:
         try:
             _read_record(folder / ADAPTER)
         except Refused as error:
@@ -164,7 +172,7 @@ def _refuse_foreign(folder):
 
 
 def load(model, folder, passes=(), example=None):
-    """The live model that was saved in `folder`, on the base `model` (which is not changed).
+    """The live model that was saved in `folder`, on the base `model` (which is not changed). A folder of PEFT's is read too.
 
     passes: `Pass` classes of your own that the folder's spec may name; nothing that it names is imported. example: as for `rewrite`.
     Raises Refused for another base than the one saved with, and for a folder that is incomplete, damaged, or not of this kind; SpecError
@@ -173,6 +181,10 @@ def load(model, folder, passes=(), example=None):
     from .pipeline import rewrite  # the pipeline takes fingerprints, this needs the pipeline
 
     folder = Path(folder)
+    if os.path.lexists(folder / "adapter_config.json"):
+        from .peft.read import read
+
+        return read(model, folder, example)
     _refuse_not_ours(folder)
     record = _read_record(folder / ADAPTER)
     spec = _read_spec(folder / SPEC, record, passes)
