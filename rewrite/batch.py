@@ -107,8 +107,8 @@ def _misplaced(step):
         return f"{step.method} changes the model for all rows alike. Write it before or after the batch."
     if step.options.mixes():
         return f"{step.method} mixes what other passes make, which rows with an adapter each have none of."
-    if step.options.hooks():
-        return f"{step.method} does something to its tensors while training ({', '.join(step.options.hooks())}), which it cannot do to stacked ones. Train it alone."
+    if step.options.unstacked():
+        return f"{step.method} does something to its tensors while training ({', '.join(step.options.unstacked())}), which it cannot do to stacked ones. Train it alone."
     return None
 
 

@@ -58,6 +58,8 @@ FUNCTIONS = ("op", "mix", "norm", "f", "copy")
 FACTS = ("role", "index", "kind", "fan_in", "key_heads")
 #: values from further out
 OUTER = ("block_x", "embeds")
+#: in the order in which they are called; those of _STACKED touch tensors alone, no gradients and no optimizer
+_STACKED = {"before_forward", "penalty", "groups", "choose"}
 HOOKS = ("prepare", "before_forward", "loss", "penalty", "after_backward", "step", "after_step", "groups", "choose")
 
 
@@ -111,6 +113,11 @@ class Pass:
     def remembers(self):
         """What hooks remember of a site between steps, by name: buffers that no noun reads. Asks like `params`, and for the tensors of `params`."""
         return {}
+
+    def unstacked(self):
+        """What of the pass cannot work on the stacked tensors of a batch of adapters: hooks that see gradients, memory, writes to the base."""
+        own = [name for name in ("remembers", "writes") if getattr(type(self), name) is not getattr(Pass, name)]
+        return (*(name for name in self.hooks() if name not in _STACKED), *own)
 
     def hooks(self):
         """The hooks of this pass, in the order of HOOKS; `groups` where it asks for another learning rate."""

@@ -38,26 +38,35 @@ class Base:
 
 @dataclass(frozen=True)
 class Held:
-    """The tensors of one site: name → path, new ones and what hooks remember; `base` is its weight, None where it has none."""
+    """The tensors of one site: name → path, new ones and what hooks remember; `base` is its weight, None where it has none.
+
+    `row`: which of the stacked tensors of a batch of adapters are meant, None where they are not stacked.
+    """
 
     path: str
     role: str
     tensors: dict[str, str]
     base: Base | None
+    row: int | None = None
 
 
 @dataclass
 class Hooked:
-    """A step with hooks: its sites by the place of their tensors, and the paths of what they share."""
+    """A step with hooks: its sites by the place of their tensors, and the paths of what they share (`row` as for Held)."""
 
     step: object
     seed: int
     sites: dict[str, Held] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
+    row: int | None = None
 
     def views(self, root):
         """The sites as hooks see them on the live model `root`."""
         return tuple(View(root, held) for held in self.sites.values())
+
+    def common(self, root, name):
+        """A tensor that the sites share."""
+        return _at(root, self.shared[name], self.row)
 
 
 class View:
@@ -70,7 +79,7 @@ class View:
         held = self.__dict__.get("_held")
         if held is None or name not in held.tensors:
             raise AttributeError(f"{name!r} is no tensor of this site; it has {', '.join(held.tensors) if held else 'none'}")
-        return g.attribute(self._root, held.tensors[name])
+        return _at(self._root, held.tensors[name], held.row)
 
     @property
     def names(self):
@@ -85,6 +94,11 @@ class View:
     @w.setter
     def w(self, value):
         self._held.base.write(self._root, value)
+
+
+def _at(root, path, row):
+    value = g.attribute(root, path)
+    return value if row is None else value[row]
 
 
 def forget(report, root):

@@ -126,8 +126,8 @@ class Work:
             raise Refused(f"{step.place}: {step.method}: {reason}")
         kind = Edit if step.members is None else RowsEdit
         edits = [kind(part, sites, self.graphs, step, self.seed, self.report, self.memo, aside) for part, sites, aside in zip(self.graphs, self.found, self.aside)]
-        if step.options.hooks():
-            edits[0].new.hooked()
+        if hasattr(step.options, "apply") and step.options.hooks():
+            edits[0].new.hooked(step)
         for edit, given in zip(edits, choices or ()):
             edit.choices = given
         sites, refused = _run(edits, picked, self.inner)

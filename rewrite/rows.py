@@ -18,6 +18,7 @@ from .calls import added
 from .contract import FACTS, FUNCTIONS, REPLACES, Frozen, Input, has_default, wants
 from .edit import Edit, names_of
 from .errors import Refused
+from .hooks import Held
 from .operation import _SAME
 from .tensors import NewTensors, Seen, _tensor
 
@@ -299,7 +300,7 @@ class Stacked(NewTensors):
     def _made(self, site, base):
         given = self.edit.given(site, self.step.options.params)
         tensors = [v for v in given.values() if isinstance(v, torch.Tensor)]
-        return self._stacked(base, lambda step: ".".join(part for part in (site.owner, self.kind, step.name, site.label) if part), lambda: self._own(self._new(site, given), tensors))
+        return self._stacked(base, functools.partial(self._alone, site), lambda: self._own(self._new(site, given), tensors))
 
     def shared(self, sites):
         base = f"{self.kind}.{self.step.name}"
@@ -312,6 +313,18 @@ class Stacked(NewTensors):
         seen = [Seen(edit, site) for edit, site in sites]
         new = self._checked(self.step.options.shared(seen), f"{self.kind}: shared()")
         return self._own(new, [v for one in seen for v in one.given if isinstance(v, torch.Tensor)])
+
+    def _hold(self, site, base, paths):
+        """For its hooks each adapter's step is one of its own, as if it were alone."""
+        if self.step.options.hooks():
+            for row, step in enumerate(self.edit.members.steps):
+                hooked, shared = self.hooked(step), self.memo.get(("shared", self.step.place, f"{self.kind}.{self.step.name}"), {})
+                hooked.shared, hooked.row = shared, row
+                hooked.sites.setdefault(self._alone(site, step), Held(site.name, site.role, paths, self._base(site), row))
+
+    def _alone(self, site, step):
+        """Where an adapter's own step would put the tensors of a site."""
+        return ".".join(part for part in (site.owner, self.kind, step.name, site.label) if part)
 
     def _stacked(self, base, alone, make):
         """`alone(step)`: where an adapter's own step would put its tensors; `make()` gives them, name → tensor."""

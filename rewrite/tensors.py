@@ -84,26 +84,28 @@ class NewTensors:
             tensors = [v for one in seen for v in one.given if isinstance(v, torch.Tensor)]
             self.memo[key] = {name: self._install(f"{base}.{name}", value) for name, value in self._own(new, tensors).items()}
             if self.step.options.hooks():
-                self.hooked().shared = self.memo[key]
+                self.hooked(self.step).shared = self.memo[key]
         return self.memo[key]
 
-    def hooked(self):
-        """What the report keeps for the hooks of this step; with the first that runs in each step comes the counter."""
+    def hooked(self, step):
+        """What the report keeps for the hooks of a step; with the first that runs in each step comes the counter."""
         report = self.edit.report
-        if COUNTER not in report.memory and set(self.step.options.hooks()) - {"groups", "prepare", "choose"}:
+        if COUNTER not in report.memory and set(step.options.hooks()) - {"groups", "prepare", "choose"}:
             self._remember(COUNTER, torch.zeros((), dtype=torch.int64))
-        return report.hooked.setdefault(self.step.place, Hooked(self.step, self.edit.seed))
+        return report.hooked.setdefault(step.place, Hooked(step, self.edit.seed))
 
     def _hold(self, site, base, paths):
-        options = self.step.options
-        if not options.hooks() or base in self.hooked().sites:
+        options, root = self.step.options, self.edit.graph.root
+        if not options.hooks() or base in self.hooked(self.step).sites:
             return
-        operation, root = self.edit.operation(site), self.edit.graph.root
         own = {name: g.attribute(root, path).detach() for name, path in paths.items()}
         given = {name: own[name] if name in own else self.edit.value(site, name) for name in wants(options.remembers)}
         kept = {name: self._remember(f"{base}.{name}", value) for name, value in options.remembers(**given).items()}
-        stored = operation and Base(operation.weight, operation.axes, site.layout.rows, self.edit._dim(operation, "w"))
-        self.hooked().sites[base] = Held(site.name, site.role, {**paths, **kept}, stored)
+        self.hooked(self.step).sites[base] = Held(site.name, site.role, {**paths, **kept}, self._base(site))
+
+    def _base(self, site):
+        operation = self.edit.operation(site)
+        return operation and Base(operation.weight, operation.axes, site.layout.rows, self.edit._dim(operation, "w"))
 
     def _remember(self, path, value):
         self._free(path)

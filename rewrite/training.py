@@ -172,7 +172,7 @@ class Training:
             if name in known:
                 given[name] = known[name]
             elif name in hooked.shared:
-                given[name] = g.attribute(self.live, hooked.shared[name])
+                given[name] = hooked.common(self.live, name)
             elif name == "sites":
                 given[name] = hooked.views(self.live)
             elif name == "done":

@@ -12,7 +12,7 @@ from checks import TOYS, captured, close, model_of, rejects, rounding, tensor_of
 from peft.optimizers import create_loraplus_optimizer
 from torch.nn import functional as F
 
-from rewrite import Pass, Refused, Spec, compact, load, merge, pipeline, rewrite, save, training
+from rewrite import Pass, Refused, Spec, SpecError, compact, load, merge, pipeline, rewrite, save, training
 from rewrite.contract import frozen
 
 EXACT = rounding(torch.float64)
@@ -608,6 +608,47 @@ def test_diff_pruning_s_gates_and_penalty(structured):
     (penalty,) = t._call("penalty")
     close(reference=expected, result=penalty, drift=EXACT)
     rejects(reference=1.01 * expected, result=penalty, drift=EXACT)
+
+
+def test_hooks_of_a_batch_are_those_of_each_adapter():
+    """Two adapters train in one batch with the noise, the penalty and the rows that each would have alone."""
+    own = lambda i: {"pass": "diff_pruning", "where": "attention.q", "initial": 0.4, "sparsity": 0.01 * (i + 1)}  # noqa: E731
+    for same_options in (True, False):
+        steps = [own(0), own(0 if same_options else 1)]
+        live = tuned({"batch": {"fr": [steps[0]], "de": [steps[1]]}})
+        alone = [tuned(step) for step in steps]
+        t = training(live)
+        optimizer = t.optimizer(torch.optim.SGD, 0.1)
+        rows = batch(1, rows=4)
+        ids = torch.tensor([0, 1, 1, 0])
+        for _ in range(2):
+            t.step(optimizer, lambda: ce_of_rows(live(input_ids=rows["input_ids"], adapter_ids=ids).logits, rows["labels"]))
+            for i, one in enumerate(alone):
+                mine = rows["input_ids"][ids == i]
+                training(one).step(training(one).optimizer(torch.optim.SGD, 0.1), lambda: ce_of_rows(one(input_ids=mine).logits, mine))
+        assert len(live.report.hooked) == 2
+        for hooked, one in zip(live.report.hooked.values(), alone):
+            (single,) = one.report.hooked.values()
+            for a, b in zip(hooked.views(live), single.views(one)):
+                for name in b.names:
+                    close(reference=getattr(b, name), result=getattr(a, name), drift=EXACT)
+            rejects(reference=b.diff, result=hooked.views(live)[0].diff, drift=EXACT)
+    with pytest.raises(SpecError, match=r"adalora does something to its tensors while training \(after_step, remembers\)"):
+        tuned({"batch": {"fr": [ADALORA]}})
+
+
+def ce_of_rows(logits, ids):
+    return sum(ce(logits[i : i + 1], ids[i : i + 1]) for i in range(len(ids)))
+
+
+def test_hooks_inside_parallel():
+    live = stir(tuned({"parallel": [DYLORA, {"pass": "lora", "where": "attention.{q,v}", "rank": 2, "lr_ratio": 4.0}]}))
+    before = state(live)
+    t = training(live)
+    t.step(t.optimizer(torch.optim.SGD, 0.1), lambda: ours(live))
+    assert len(live.report.hooked) == 2 and set(t.factors().values()) == {4.0}
+    rank, up = int(live.dylora.default.pick.count_nonzero()), next(path for path in live.report.made if path.endswith("dylora.default.up"))
+    assert (tensor_of(live, up) != before[up]).any(0).tolist() == [row < rank for row in range(5)]
 
 
 def test_diff_pruning_keeps_the_largest():
