@@ -119,7 +119,9 @@ class Body:
         Returns (the node or tuple that carries the result, the set of new nodes). Every new node gets a copy of `meta` beside its own value.
         """
         env, source, own = {}, iter(inputs), set()
-        tensors = [n for n in inputs if isinstance(n.meta.get("val"), torch.Tensor)]
+        # a constant that the body asked for its shape alone must not be read for its dtype: a weight that codes replace leaves memory
+        unread = {given for given, node in zip(inputs, self.graph.nodes) if given.op == "get_attr" and not node.users}
+        tensors = sorted((n for n in inputs if isinstance(n.meta.get("val"), torch.Tensor)), key=lambda n: n in unread)
         own_dtype = next((n for n in tensors if n.meta["val"].dtype is self.marker), None)
 
         def made(node, value):

@@ -20,6 +20,9 @@ they need:
     positions               the value by which the model counts its tokens, where there is one
     <name>                  a new tensor of `params` or `shared`, or an input of `inputs`
 
+`derive` and `measure` ask for `w`, `b`, facts and the frozen tensors of `params`. `derive` gives what follows from the base: under `w` or `b` the base
+tensor's new value on this live model, under another name a new frozen tensor. It is not saved but made anew on load, and compared bit for bit.
+
 A noun names the value that it replaces: `input` x, `weight` w, `bias` b, `output` y, `query` q, `key` k, `value` v, `branch`, `stream`. A noun
 whose value a site does not have is left out there, and so is one that returns its value as it is. `key` and `value` may put more places in
 front (`in_front`), both as many: masks and biases grow with them, and a cache keeps the model's own keys. `positions` is replaced once for the
@@ -68,8 +71,9 @@ class Pass:
     """A named, optioned graph → graph step.
 
     `role` is the default `where`; `drift` the allowed relative change of the output at initialisation (0.0 = bit-equal, None: a change is
-    its nature); `example` a step of a spec that shows the pass, `shown_after` the steps that it wants before it, `shown_over` those that a
-    mixing pass chooses from; `freezes_choices`: a mixing pass trains alone; `requires(graph)` gives the reason why the graph is not ready for
+    its nature, and `measure` has figures of it where the pass has any); `example` a step of a spec that shows the pass, `shown_after` the steps that it wants before it, `shown_over` those that a
+    mixing pass chooses from; `freezes_choices`: a mixing pass trains alone; `whole` says that it takes the parts of a
+    fused projection as one site; `requires(graph)` gives the reason why the graph is not ready for
     it, or None. `no_grad` names handles that backward must not go beyond: all that they are computed from runs under torch.no_grad.
     `inputs` (name → `Input`; a property where options decide) are what calls of the model take beside its own.
     A pass that is not site-shaped defines `apply(self, edit, sites)` instead of nouns. `choices` are the frozen tensors that a hook
@@ -85,6 +89,7 @@ class Pass:
     no_grad: ClassVar[tuple[str, ...]] = ()
     choices: ClassVar[tuple[str, ...]] = ()
     inputs: ClassVar[dict] = {}
+    whole: ClassVar[bool] = False
 
     def requires(self, graph):
         """Why the graph is not ready for this pass, or None."""
@@ -100,6 +105,14 @@ class Pass:
 
     def shared(self, sites):
         """New tensors that all sites share, by name. `sites` give `.w`, `.x`, … as `params` would see them."""
+        return {}
+
+    def derive(self):
+        """What follows from the base (and from frozen tensors of `params`), by name: `w` or `b`, the base tensor's new value; others, new frozen tensors."""
+        return {}
+
+    def measure(self):
+        """Figures of a site for the report, by name; asks for what `derive` asks for (before it) and for what it gives."""
         return {}
 
     def trains(self):

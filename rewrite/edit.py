@@ -6,12 +6,14 @@ import math
 import torch
 from torch import fx, nn
 
+from . import derive
 from . import graph as g
 from .backward import without_grad
 from .body import Body, signature
 from .calls import added
 from .calls.slots import CACHE
 from .contract import FACTS, FUNCTIONS, OUTER, REPLACES, has_default, wants
+from .derive import evaluated, let_go
 from .errors import Refused
 from .lengthen import growth, lengthen
 from .operation import Again, Operation
@@ -50,7 +52,7 @@ class Edit:
                 real = g.attribute(graph.root, path)
                 self.dtypes.setdefault(real.dtype, value.dtype)
                 self.devices.setdefault(real.device, value.device)
-        self.new = NewTensors(self)
+        self.new, self._evaluated = NewTensors(self), (None, None)
         self.caches = [node for name, node in zip(graph.inputs, graph.placeholders) if name.startswith(f"{CACHE}.")]
 
     # ---- reading ------------------------------------------------------------------------------------------------------
@@ -120,7 +122,7 @@ class Edit:
             path = operation.weight if name == "w" else operation.bias
             if path is None:
                 return None
-            value = g.attribute(self.graph.root, path).detach()
+            value = self._base(operation, path) if name == "w" else g.attribute(self.graph.root, path).detach()
             value = operation.standard(value) if name == "w" else value
             return self._part(site, value, self._dim(operation, name))
         if name == "choices":
@@ -135,10 +137,24 @@ class Edit:
             return g.attribute(self.graph.root, node.target).detach()
         fake = node.meta["val"]
         size = [s if isinstance(s, int) else 1 for s in g.shape(node)]
-        dtype = {new: old for old, new in self.dtypes.items()}.get(fake.dtype, fake.dtype)
+        dtype = self.real_dtype(fake.dtype)
         device = {new: old for old, new in self.devices.items()}.get(fake.device, fake.device)
         value = torch.empty(size, dtype=dtype, device=device)
         return value.transpose(-1, -2) if turned else value
+
+    def real_dtype(self, dtype):
+        """The dtype that one in the graph stands for."""
+        return {new: old for old, new in self.dtypes.items()}.get(dtype, dtype)
+
+    def _base(self, operation, path):
+        """A site's weight as it is stored; where passes have put another value in its place that is made of constants alone, that value."""
+        source = operation.source
+        if self._evaluated[0] is not source:
+            self._evaluated = source, evaluated(self, source) if source.op != "get_attr" else None
+        value = self._evaluated[1] if self._evaluated[1] is not None else g.attribute(self.graph.root, path)
+        if value is None:
+            raise Refused(f"{self.kind} at {path}: its numbers are gone (they are stored in codes), and what stands in their place depends on more than constants.")
+        return value.detach()
 
     def norm_after(self, site):
         """The residual add and the norm that follow a sub-layer's output, as a region that can be run again; None where there are none."""
@@ -173,6 +189,8 @@ class Edit:
             return "its bias is one tensor for the whole fused projection: name all of its parts, for example attention.{q,k,v}"
         if "w" in options.writes(**self.given(site, options.writes)) and self._is_read_elsewhere(site, sites):
             return "its weight is tied: another operation would see what is written into it"
+        if (declined := derive.reason(self, site)) is not None:
+            return declined
         lacking = next((n for n in wants(options.params) if n in _LACKING and self.value(site, n) is None), None)
         if lacking is not None:
             return f"it has no {_LACKING[lacking]}"
@@ -247,13 +265,19 @@ class Edit:
         longer = {noun: self._noun(site, noun, paths) for noun in options.nouns() if not self.choices or (site, REPLACES[noun]) in self.choices}
         if any(longer.values()):
             lengthen(self, site, longer)
+        let_go(self, site)
+        fed = {*wants(options.derive), *wants(options.measure)}
         for name, path in own.items():
-            if not (path in self.attributes and self.attributes[path].users):
+            if name in fed:
+                self.report.feeds.add(path)
+            elif not (path in self.attributes and self.attributes[path].users):
                 raise Refused(f"{self.kind} at {site.name}: params() gives {name!r}, and no noun reads it at this site.")
 
     def train(self, path):
         """Let a base tensor train: on a copy of its own, so that the model given stays as it is (unless it was donated)."""
         parameter = g.attribute(self.graph.root, path)
+        if parameter is None:
+            raise Refused(f"{self.kind} at {path}: this weight is stored in codes, which cannot be trained. Leave it out, or train it before it is quantised.")
         if not parameter.is_floating_point():
             raise Refused(f"{self.kind} at {path}: a tensor of {parameter.dtype} cannot be trained")
         self.own(path)
@@ -267,7 +291,7 @@ class Edit:
             return
         if not parameter.is_floating_point():
             raise Refused(f"{self.kind} at {path}: a tensor of {parameter.dtype} cannot be written while training")
-        if not self.memo.get("donate"):
+        if self.memo["donated"] is None and path not in self.report.derived:
             parameter.data = parameter.data.clone()
         self.report.written.update(names_of(self.graph.root, parameter))
 
@@ -283,6 +307,10 @@ class Edit:
         parameter.requires_grad_(False)
         self.report.trains.difference_update(names_of(self.graph.root, parameter))
 
+    def names_of(self, parameter):
+        """Every name under which a (tied) parameter stands on the tree."""
+        return names_of(self.graph.root, parameter)
+
     def tensors(self, site, sites):
         """The paths of the parameters that a site reads, base and new: of a region, all that its nodes read.
 
@@ -291,6 +319,9 @@ class Edit:
         rows = site.layout.rows or site.layout.stored
         if rows is not None and self._covered(site, sites) < rows.total:
             raise Refused(f"{self.step.place}: {self.kind} at {site.name}: its weight is one tensor for the whole fused projection. Name all of its parts, for example attention.{{q,k,v}}.")
+        operation = self.operation(site)
+        if operation is not None and g.attribute(self.graph.root, operation.weight) is None:
+            raise Refused(f"{self.step.place}: {self.kind} at {site.name}: its weight is stored in codes, which do not train. Name sites that were not quantised.")
         if site.role == "model":
             return [name for name, _ in self.graph.root.named_parameters()]
         starts = [self.handle(site, name) for name in site.handles if name not in ("w", "b", "y")]

@@ -210,6 +210,7 @@ def fold(edit, *, partial=False):
     for path in [p for p in edit.made if p not in left]:
         g.remove(graph.root, path)
         del edit.made[path]
+        edit.report.feeds.discard(path)
     forget(edit.report, graph.root)
     edit.restructured = True
     return [(region.path, "linear") for region in folding]
@@ -235,6 +236,8 @@ def _set(edit, region, weight, bias):
     parameter = g.attribute(root, operation.weight)
     parameter.data = operation.stored(weight).to(parameter.dtype).contiguous()
     edit.report.folded.update(names_of(root, parameter))
+    for path in names_of(root, parameter):
+        edit.report.derived.pop(path, None)
     if bias is None or (operation.bias is None and not bias.any()):
         return
     if operation.bias is None:

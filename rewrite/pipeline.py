@@ -11,11 +11,13 @@ from .backward import lost_gradient
 from .batch import Batch
 from .capture.model import capture
 from .compose import beside
+from .contract import Pass
+from .derive import settle, whole
 from .edit import Edit
 from .emit.live import make_live
 from .errors import Refused
 from .fingerprint import fingerprint
-from .forms import Form
+from .forms import Form, leaves
 from .graph import attribute
 from .report import Applied, Report, Size
 from .roles.find import Roles, roles
@@ -32,21 +34,29 @@ def rewrite(model, spec, example=None, *, donate=False):
     model: a transformers model or any `nn.Module`; it is not changed in any way, nor by training, casting or sharding the live one, and
     frozen weights share its storage. spec: a dict, a path to JSON, or a `Spec`. example: inputs of a model that is not of transformers (a
     dict of keyword arguments or a tuple). donate: the model given is not needed any more, so base tensors that the spec lets train are not
-    copied first, and training the live model changes them there too.
+    copied first, and training the live model changes them there too; a weight that is stored in codes leaves it at once, so that no more than
+    the model and one weight are in memory.
 
     The live model is an instance of the model's class, with `.report`, `.graph` and `.spec`. What no pass makes or names is frozen.
     Raises SpecError before the model is looked at, Refused for what this model cannot have, Broken where an invariant does not hold.
     """
-    spec = Spec.parse(spec)
+    return rewrite_again(model, Spec.parse(spec), {}, example, donate)
+
+
+def rewrite_again(model, spec, stored, example=None, donate=False):
+    """As `rewrite`, with frozen tensors of an earlier run (path → tensor), so that what is derived from them is the same."""
     base = fingerprint(model)
-    return rewritten(capture(model, example), spec, base, donate=donate)
+    return rewritten(capture(model, example), spec, base, donated=model if donate else None, stored=stored)
 
 
-def rewritten(graph, spec, base, *, donate=False):
-    """The live model of a captured graph, which is used up; `base` is the fingerprint of the model that it was captured from."""
-    report = apply(graph, spec, donate=donate)
-    if donate:
+def rewritten(graph, spec, base, *, donated=None, stored=()):
+    """The live model of a captured graph, which is used up; `base` is the fingerprint of the model that it was captured from.
+
+    donated: the model given, if it is not needed any more. stored: as for `rewrite_again`.
+    """
+    if donated is not None:
         base.settle()  # hashed now: the tensors it would be made from later are about to change
+    report = apply(graph, spec, donated=donated, stored=stored)
     return live_of(graph, spec, report, base)
 
 
@@ -71,19 +81,23 @@ def merge(live, *, partial=False):
     return live_of(graph, dataclasses.replace(live.spec, passes=(*live.spec.passes, step)), report, live._base)
 
 
-def apply(graph, spec, *, donate=False):
-    """Apply a spec to a captured graph, its variants and its module tree, in place. Returns the Report."""
+def apply(graph, spec, *, donated=None, stored=()):
+    """Apply a spec to a captured graph, its variants and its module tree, in place. Returns the Report.
+
+    donated: the model given, if it is not needed any more. stored: as for `rewrite_again`.
+    """
     report = Report(opaque=dict(graph.opaque), notes=list(graph.notes))
     for parameter in graph.root.parameters():
         parameter.requires_grad_(False)
-    if not donate and any(hasattr(getattr(step, "options", None), "compacted") for step in spec.passes):
+    if donated is None and any(hasattr(getattr(step, "options", None), "compacted") for step in spec.passes):
         graph.captured = graph.copy()
-    _apply_steps(graph, spec.passes, spec.seed, report, donate)
+    _apply_steps(graph, spec.passes, spec.seed, report, donated, stored)
+    settle(report, graph.root)
     return report
 
 
-def _apply_steps(graph, steps, seed, report, donate=False):
-    work = Work(graph, seed, report, donate)
+def _apply_steps(graph, steps, seed, report, donated=None, stored=()):
+    work = Work(graph, seed, report, donated, dict(stored))
     for number, step in enumerate(steps):
         step = step if step.place else dataclasses.replace(step, place=f"passes[{number}]")  # one that was not read from a spec
         texts = [show(part) for part in work.graphs]  # for the picture in a Broken; 11 µs a node
@@ -101,8 +115,8 @@ class Work:
     `aside` the nodes that steps beside the present one have made, `replaced` what has been put in place, in order.
     """
 
-    def __init__(self, graph, seed, report, donate):
-        self.graphs, self.seed, self.report, self.memo = graph.all(), seed, report, {"donate": donate}
+    def __init__(self, graph, seed, report, donated, stored):
+        self.graphs, self.seed, self.report, self.memo = graph.all(), seed, report, {"donated": donated, "stored": stored}
         self.records = [Record.of(part, report, self.graphs) for part in self.graphs]
         self.found = [roles(part) for part in self.graphs]
         self.inner = [number for number, part in enumerate(self.graphs) if number == 0 or part.is_inner]
@@ -110,6 +124,8 @@ class Work:
 
     def apply(self, step):
         """One step, a form, or several steps in order (a tuple, a batch)."""
+        if isinstance(step, Form | Batch):
+            _refuse_derived(step)
         if isinstance(step, tuple | Batch):
             for each in step.grouped() if isinstance(step, Batch) else step:
                 self.apply(each)
@@ -138,6 +154,13 @@ class Work:
         self.report.applied.append(Applied(step.method, step.name, step.place, sites, refused, before, Size.of(self.graphs[0].root), time.perf_counter() - start))
 
 
+def _refuse_derived(form):
+    """What gives the base new values, or puts it into codes, does so for all steps beside it."""
+    for step in leaves(form):
+        if type(step.options).derive is not Pass.derive:
+            raise Refused(f"{step.place}: {step.method} changes the base itself, which the steps beside it read too. Write it before them, as a step of its own.")
+
+
 def _refuse_lost_gradients(graph, place):
     trains = lambda path: getattr(attribute(graph.root, path), "requires_grad", False)  # noqa: E731
     lost = lost_gradient(graph, trains)
@@ -158,7 +181,8 @@ def _picked(step, found, inner):
         select(Roles(site for number in inner for site in found[number]), step.where, default=default)
     except Refused as error:
         raise Refused(f"{step.place}: {step.method} {error}") from None
-    return [select(part, step.where, default=default, strict=False) for part in found]
+    sites = [select(part, step.where, default=default, strict=False) for part in found]
+    return [whole(part) for part in sites] if step.options.whole else sites
 
 
 def _run(edits, picked, inner):
@@ -175,6 +199,8 @@ def _run(edits, picked, inner):
     if refused and (not step.allow_refusals or len(refused) == total):
         raise Refused(_refusals(step, refused, total))
     accepted = [[site for site, reason in part if not reason] for part in reasons]
+    operations = [edit.operation(site) for edit, sites in zip(edits, accepted) for site in sites]
+    edits[0].memo["chosen", step.place] = {node for operation in operations if operation is not None for node in (operation.node, *operation.chain)}
     seen = [(edit, site) for number in inner for edit, site in zip([edits[number]] * len(accepted[number]), accepted[number])]
     shared = edits[0].new.shared(seen)
     for edit, sites in zip(edits, accepted):

@@ -51,7 +51,9 @@ class Report:
     copies of the live model's own; `folded` those whose values a merge changed, `biases` the bias that a merge had to make for a weight; `opaque`
     the modules that stayed one call, with the reason; `notes` fall-backs. `hooked` are the steps that do something while training, by place;
     `memory` the buffers that they remember things in. `inputs` those beside the model's own (name → `Input`); `stacked` maps a tensor with an
-    entry for each of several adapters to adapter → the path of its own tensor alone.
+    entry for each of several adapters to adapter → the path of its own tensor alone. `derived` maps what follows from
+    the base (codes, a base tensor's new value) to its Fact, `feeds` are new tensors that it was made from; `released` base tensors that left
+    memory, with their dtype; `figures` what passes measured: place of the step → site → name → number.
     """
 
     applied: list[Applied] = field(default_factory=list)
@@ -62,6 +64,10 @@ class Report:
     biases: dict[str, str] = field(default_factory=dict)
     inputs: dict[str, object] = field(default_factory=dict)
     stacked: dict[str, dict[str, str]] = field(default_factory=dict)
+    derived: dict[str, object] = field(default_factory=dict)
+    feeds: set[str] = field(default_factory=set)
+    released: dict[str, torch.dtype] = field(default_factory=dict)
+    figures: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     opaque: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     hooked: dict[str, Hooked] = field(default_factory=dict)
@@ -80,6 +86,15 @@ class Report:
             table.add_row(step.method, roles or "whole graph", str(len(step.refused)), f"{size.trainable:,}", f"{size.share:.2%}", f"{size.stored_bytes / 1e6:,.1f} MB", f"{step.seconds:.2f}")
         return table
 
+    def _measured(self):
+        """A line for each figure of each step: its median and its worst site."""
+        for step in self.applied:
+            sites = self.figures.get(step.place, {})
+            for name in next(iter(sites.values()), {}):
+                order = sorted((figures[name], site) for site, figures in sites.items())
+                (middle, _), (worst, where) = order[len(order) // 2], order[-1]
+                yield f"measured {step.method}: {name} {middle:.3g} in the middle, {worst:.3g} at {where}"
+
     def __str__(self):
         from rich.console import Console
 
@@ -91,6 +106,8 @@ class Report:
                     console.print(f"refused  {step.method} at {path}: {reason}", highlight=False)
             for hooked in self.hooked.values():
                 console.print(f"training {hooked.step.method} ({hooked.step.name}): {', '.join(hooked.step.options.hooks())}", highlight=False)
+            for line in self._measured():
+                console.print(line, highlight=False)
             for path, reason in self.opaque.items():
                 console.print(f"opaque   {path}: {reason}", highlight=False)
             for note in self.notes:

@@ -30,11 +30,12 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 # -- save ----------------------------------------------------------------------------------------------------------------------------
 
 
-def save(live, folder, format="rewrite"):
+def save(live, folder, format="rewrite", *, whole=False):
     """Write the live model's spec and what differs from its base to `folder`, and return the folder's path.
 
-    format: "peft" writes what Hugging Face's PEFT loads instead, for the methods that it has. The folder appears, or replaces an earlier
-    one of its kind, only when it is complete. Raises Refused for a model that did not come from `rewrite`, values that are NaN or infinite,
+    What passes derived from the base (a quantised weight's codes) is left out, its hash is kept, and loading makes it anew; with `whole` it is
+    stored as well. format: "peft" writes what Hugging Face's PEFT loads instead, for the methods that it has. The folder appears, or replaces
+    an earlier one of its kind, only when it is complete. Raises Refused for a model that did not come from `rewrite`, values that are NaN or infinite,
     a folder that holds anything else, or one that cannot be written, and for what PEFT cannot say.
     """
     if format not in ("rewrite", "peft"):
@@ -42,6 +43,9 @@ def save(live, folder, format="rewrite"):
     live = unwrapped(live)
     folder = Path(folder)
     dtype, tensors = _differing(live)
+    same = {name: fact for name, fact in facts({name: t for name, t in tensors.items() if live.report.derived.get(name)}).items() if fact == live.report.derived[name]}
+    if not whole:
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in same}
     _refuse_not_finite(tensors, "was not saved: did the training diverge?")
     if format == "peft":
         from .peft.write import files
@@ -53,6 +57,7 @@ def save(live, folder, format="rewrite"):
         "spec": live.spec.to_dict(full=True),
         "dtype": dtype,
         "base": live._base.to_dict(),
+        "derived": {name: fact.to_list() for name, fact in same.items()},
         "tensors": {name: fact.to_list() for name, fact in facts(tensors).items()},
     }
     content = safetensors.torch.save(tensors, {"rewrite": json.dumps(record, ensure_ascii=False, separators=(",", ":"))})
@@ -178,7 +183,7 @@ def load(model, folder, passes=(), example=None):
     Raises Refused for another base than the one saved with, and for a folder that is incomplete, damaged, or not of this kind; SpecError
     for a spec in it that is wrong. The model is handed back complete or not at all.
     """
-    from .pipeline import rewrite  # the pipeline takes fingerprints, this needs the pipeline
+    from .pipeline import rewrite_again  # the pipeline takes fingerprints, this needs the pipeline
 
     folder = Path(folder)
     if os.path.lexists(folder / "adapter_config.json"):
@@ -193,11 +198,21 @@ def load(model, folder, passes=(), example=None):
         shown = "\n".join(f"  {line}" for line in wrong[:5]) + (f"\n  … and {len(wrong) - 5} more" if len(wrong) > 5 else "")
         raise Refused(f"{folder}: was saved on another base. {len(wrong)} difference{'s' if len(wrong) > 1 else ''}:\n{shown}\nLoad the base that it was trained on.")
     tensors = _read_tensors(folder / ADAPTER, record)
-    live = rewrite(model, spec, example)
+    live = rewrite_again(model, spec, tensors, example)
+    _refuse_other_values(live, record, tensors, folder / ADAPTER)
     if record["dtype"]:
         live.to(getattr(torch, record["dtype"]))
-    _put(live, tensors, folder / ADAPTER)
+    _put(live, tensors, record["derived"], folder / ADAPTER)
     return live
+
+
+def _refuse_other_values(live, record, tensors, path):
+    """What the passes derived from the base anew must be, bit for bit, what they derived when the model was saved."""
+    for name, fact in record["derived"].items():
+        found = live.report.derived.get(name)
+        reason = "is not made by this spec on this base" if found is None else fact.difference(found)
+        if reason and name not in tensors:
+            raise Refused(f"{path}: {name} {reason}: it was not stored, and comes out otherwise here. Save it where it was made with save(live, folder, whole=True).")
 
 
 def _refuse_not_ours(folder):
@@ -232,6 +247,7 @@ def _read_record(path):
             raise Refused(f"{path}: of format {record['format']!r}; this version reads {FORMAT}. Use the version of rewrite that wrote it.")
         record["base"] = Fingerprint.from_dict(record["base"])
         record["tensors"] = {name: Fact.from_list(fact) for name, fact in record["tensors"].items()}
+        record["derived"] = {name: Fact.from_list(fact) for name, fact in record.get("derived", {}).items()}
         if record["dtype"] is not None and not isinstance(getattr(torch, record["dtype"]), torch.dtype):
             raise ValueError(f"{record['dtype']!r} is not a dtype")
         if not isinstance(record["spec"], dict):
@@ -309,11 +325,11 @@ def _refuse_names(path, found, wanted, allowed):
         raise Refused(f"{path}: not the tensors of this spec on this base: {' and '.join(parts)}. Save the model anew with save().")
 
 
-def _put(live, tensors, path):
+def _put(live, tensors, derived, path):
     """Put the tensors into the live model, in place of its own; never into storage that it shares with the base."""
     own = stored_tensors(live)
     covered = {id(own[name]) for name in tensors if name in own}
-    new = {name for name, tensor in own.items() if name not in live._base.names and id(tensor) not in covered and name not in live.report.memory}
+    new = {name for name, tensor in own.items() if name not in live._base.names and name not in derived and name not in live.report.memory and id(tensor) not in covered}
     _refuse_names(path, tensors.keys(), new | (tensors.keys() & own.keys()), own.keys())
     for name, tensor in tensors.items():
         if tensor.shape != own[name].shape:

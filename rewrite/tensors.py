@@ -9,6 +9,7 @@ from torch.utils import _pytree as pytree
 
 from . import graph as g
 from .contract import FACTS, FUNCTIONS, OUTER, REPLACES, Frozen, wants
+from .derive import BASE, set_base
 from .errors import Refused
 from .hooks import COUNTER, Base, Held, Hooked
 
@@ -71,7 +72,38 @@ class NewTensors:
         if new is None:
             with self._seeded(base):
                 new = self._new(site, given)
-        return {name: self._install(f"{base}.{name}", value) for name, value in self._own(new, tensors).items()}
+        new = {name: self._stored(f"{base}.{name}", value) for name, value in self._own(new, tensors).items()}
+        paths = {name: self._install(f"{base}.{name}", value) for name, value in new.items()}
+        return paths | self._derived(site, base, new)
+
+    def _stored(self, path, value):
+        """A frozen tensor as it was saved, when a model is loaded: what is derived from it must come out the same on any machine."""
+        saved = self.memo["stored"].get(path)
+        if saved is None or not isinstance(value, Frozen) or (saved.shape, saved.dtype) != (value.tensor.shape, value.tensor.dtype):
+            return value
+        return Frozen(saved.to(value.tensor.device))
+
+    def _derived(self, site, base, new):
+        """What follows from the base: base tensors get their new values, new tensors are installed (name → path), figures go to the report."""
+        options, place, report = self.step.options, f"{self.kind} at {site.path}: derive()", self.edit.report
+        asked, known = dict.fromkeys((*wants(options.derive), *wants(options.measure))), {name: _tensor(value) for name, value in new.items()}
+        trained = next((name for name in asked if name in new and not isinstance(new[name], Frozen)), None)
+        if trained is not None:
+            raise Refused(f"{place} asks for {trained!r}, which trains: what follows from it would be another thing then. Give a frozen copy of its start in `params`.")
+        given = {name: known[name] if name in known else self.edit.value(site, name) for name in asked if name in known or name in (*REPLACES.values(), *FACTS)}
+        with torch.no_grad():
+            found = self._answer(site, {name: given[name] for name in wants(options.derive) if name in given}, options.derive, place)
+            if not any(isinstance(value, torch.Tensor) and value.is_meta for value in given.values()):
+                values = given | {name: _tensor(value) for name, value in found.items() if name not in BASE}
+                with _told(place.replace("derive", "measure")):
+                    figures = options.measure(**{name: values[name] for name in wants(options.measure) if name in values})
+                if figures:
+                    report.figures.setdefault(self.step.place, {})[site.name] = figures
+        for name in [name for name in found if name in BASE]:
+            set_base(self.edit, site, name, _tensor(found.pop(name)))
+        paths = {name: self._install(f"{base}.{name}", value) for name, value in found.items()}
+        report.derived.update(dict.fromkeys(paths.values()))
+        return paths
 
     def shared(self, sites):
         """The tensors that all sites of the step share: made once, on the root of the tree. `sites` are pairs of an Edit and its site."""
@@ -126,19 +158,29 @@ class NewTensors:
         return {name: Frozen(torch.empty_like(v.tensor)) if isinstance(v, Frozen) else torch.empty_like(v) for name, v in template.items()}
 
     def _new(self, site, given):
-        """What `params` gives; where the site has experts it is asked once for each, and the answers are stacked."""
-        operation, place = self.edit.operation(site), f"{self.kind} at {site.path}: params()"
+        """What `params` gives."""
+        return self._answer(site, given, self.step.options.params, f"{self.kind} at {site.path}: params()")
+
+    def _answer(self, site, given, method, place):
+        """What a method of the pass gives; where the site has experts it is asked once for each, and the answers are stacked."""
+        operation, is_derived = self.edit.operation(site), method.__name__ == "derive"
+
+        def asked(given):
+            new = method(**given)
+            return self._checked({name: Frozen(value) for name, value in new.items()} if is_derived and isinstance(new, dict) else new, place, BASE if is_derived else ())
+
         with _told(place):
             if operation is None or operation.kind != "experts" or given.get("w") is None:
-                return self._checked(self.step.options.params(**given), place)
-            each = [self._checked(self.step.options.params(**{**given, "w": w}), place) for w in given["w"]]
+                return asked(given)
+            stacked = [name for name, value in given.items() if isinstance(value, torch.Tensor) and (name == "w" or name not in REPLACES.values())]
+            each = [asked({**given, **{name: given[name][i] for name in stacked}}) for i in range(len(given["w"]))]
             stack = lambda v: Frozen(torch.stack([one.tensor for one in v])) if isinstance(v[0], Frozen) else torch.stack(v)  # noqa: E731
             return {name: stack([one[name] for one in each]) for name in each[0]}
 
-    def _checked(self, new, place):
+    def _checked(self, new, place, handles=()):
         """The answer of a pass, name → new tensor; Refused in words for anything else."""
-        nouns = self.step.options.nouns()
-        asked = {name for noun in nouns for name in wants(getattr(self.step.options, noun))}
+        options, nouns = self.step.options, self.step.options.nouns()
+        asked = {name for noun in nouns for name in wants(getattr(options, noun))} | {*wants(options.derive), *wants(options.measure), *handles}
         if not isinstance(new, dict):
             raise Refused(f"{place} must return a dict of names and tensors, not {type(new).__name__}.")
         for name, value in new.items():
@@ -149,7 +191,7 @@ class NewTensors:
                 raise Refused(f"{place} gives {name!r} as {tensor.dtype}, which cannot be trained: give frozen(tensor).")
             if nouns and name not in asked:
                 raise Refused(f"{place} gives {name!r}, and no noun asks for it.")
-            if name in (*REPLACES.values(), *FUNCTIONS, *FACTS, *OUTER, "choices", *self.step.options.inputs) or hasattr(nn.Module, name) or name in vars(nn.Module()):
+            if name not in handles and name in (*REPLACES.values(), *FUNCTIONS, *FACTS, *OUTER, "choices", *self.step.options.inputs) or hasattr(nn.Module, name) or name in vars(nn.Module()):
                 raise Refused(f"{place} gives {name!r}, a name that already means something at a site or on a module. Choose another.")
         return new
 
@@ -160,6 +202,7 @@ class NewTensors:
         for name, value in new.items():
             tensor = _tensor(value)
             if not tensor.is_meta:
+                tensor = tensor.contiguous()  # as a file has it: another layout rounds otherwise
                 if _memory(tensor) in taken:
                     tensor = tensor.detach().clone()
                 taken.add(_memory(tensor))

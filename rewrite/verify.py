@@ -70,6 +70,8 @@ def constants_exist(graph, record):
             continue
         if not g.has_attribute(graph.root, node.target):
             return f"@{node.target} is not on the module tree"
+        if g.attribute(graph.root, node.target) is None:
+            return f"@{node.target} has left memory, and %{node.name} still reads it"
         if node.target in seen:
             return f"@{node.target} stands twice"
         seen.add(node.target)
@@ -127,7 +129,7 @@ def no_orphans(graph, record):
     """Every new tensor is read by some variant of the graph."""
     used = {node.target for part in record.graphs for node in part.nodes if node.op == "get_attr" and node.users}
     for path in record.report.made:
-        if path not in used:
+        if path not in used and path not in record.report.feeds:
             return f"@{path} was made, and nothing reads it"
 
 

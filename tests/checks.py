@@ -232,11 +232,16 @@ def tensor_of(live, path):
     return g.attribute(live, path)
 
 
+def changeable(live):
+    """The new tensors whose values are a start: not what follows from the base, nor what that was made from."""
+    return [path for path in live.report.made if path not in live.report.derived and path not in live.report.feeds]
+
+
 def wake(live, seed=0, size=0.3):
     """Give every tensor that passes have made another value."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for path in live.report.made:
+        for path in changeable(live):
             tensor = tensor_of(live, path)
             tensor.copy_(size * torch.randn(tensor.shape, generator=generator, dtype=torch.float64))
     return live

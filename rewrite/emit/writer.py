@@ -65,6 +65,7 @@ class Writer(Builder):
         super().__init__()
         self.words, self._said = dict(words), {}
         self.graph = graph
+        self.paths = {}  # placeholder of a decomposed op that stands for a constant -> the constant's path
         self.values = {}  # fx node -> ir.Value, expression, list of these, or a constant (torch.Tensor, dtype, number)
         self.fallen = {"torchlib": Counter(), "decomposed": Counter(), "torchlib failed": Counter()}
         self._decomposed, self._library, self._tables = {}, None, None
@@ -137,9 +138,10 @@ class Writer(Builder):
             out = self.values[given] if given in self.values else self.constant(given)
             if isinstance(out, torch.Tensor):
                 out = torch.view_as_real(out) if out.is_complex() else out
-                if given.op == "get_attr":
-                    return self.weight(given.target, out)
-                return self.value(out) if out.numel() <= 64 else self.weight(given.name, out)
+                if given in self.paths or given.op == "get_attr" and given.graph is self.graph.fx:
+                    return self.weight(self.paths.get(given, given.target), out)
+                own = given.name if given.graph is self.graph.fx else f"{self.scope}.{given.name}"  # the names of a decomposed op's nodes come again
+                return self.value(out) if out.numel() <= 64 else self.weight(own, out)
             return out
         if isinstance(given, (list, tuple)):
             return type(given)(map(self.argument, given))
@@ -285,7 +287,11 @@ class Writer(Builder):
         if any(step.target == target for step in inner):
             raise Untranslatable(f"no ONNX translation for {name}")
         self.fallen["decomposed"][f"{name} -> {', '.join(dict.fromkeys(name_of(s.target) for s in inner if 'sym_' not in name_of(s.target)))}"] += 1
-        self.values.update(zip((n for n in traced.graph.nodes if n.op == "placeholder"), (self.argument(leaves[i]) for i in free)))
+        for inner, leaf in zip((n for n in traced.graph.nodes if n.op == "placeholder"), (leaves[i] for i in free)):
+            known = self.constant(leaf) if leaf.op == "get_attr" else None
+            is_tensor = isinstance(known, torch.Tensor) and not known.is_complex()
+            self.values[inner] = known if is_tensor else self.argument(leaf)  # a constant stays one: what is made of constants alone is computed here
+            self.paths[inner] = leaf.target
         scope = self.scope
         out = self.run(traced.graph.nodes, prefix=f"{scope}/")
         self.scope = scope

@@ -1,0 +1,31 @@
+"""What ties the parts of a kernel together: one op with a meaning, a fast way to run it, and one node wherever a graph is traced.
+
+    lora_linear = Op(reference, launch)
+
+    reference   the op in plain torch: documentation, oracle, pattern of `fuse`, fall-back, ONNX expansion
+    launch      what eager code calls; a registered op costs more on the way in than the plain ops that it replaces
+    overload    torch.ops.rewrite.<file>.default: one node for torch.compile, torch.export and our own graphs; it carries both
+"""
+
+import torch
+
+
+class Op:
+    """An op named after the file of its reference. `fake` gives an empty result of the right shape and dtype where the reference would be slow to ask."""
+
+    def __init__(self, reference, launch, fake=None):
+        self.reference, self.launch = reference, launch
+        self.name = reference.__module__.rpartition(".")[2]
+        definition = torch.library.custom_op(f"rewrite::{self.name}", reference, mutates_args=())
+        definition.register_fake(fake or reference)
+        self.definition = definition
+        self.overload = getattr(torch.ops.rewrite, self.name).default
+        self.overload.reference, self.overload.launch = reference, launch
+
+    def differentiates(self, keep, backward):
+        """Give the registered op its rule: `keep(ctx, inputs, output)` and `backward(ctx, *grads)`. Returns the op."""
+        self.definition.register_autograd(backward, setup_context=keep)
+        return self
+
+    def __call__(self, *args):
+        return self.overload(*args)
