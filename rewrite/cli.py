@@ -160,11 +160,13 @@ def _plan(model, base, report):
                 "stored_bytes_added": step.after.stored_bytes - step.before.stored_bytes,
             }
         )
+    training = [{"pass": hooked.step.method, "name": hooked.step.name, "hooks": hooked.step.options.hooks()} for hooked in report.hooked.values()]
     last = report.applied[-1].after if report.applied else Size(0, base.trainable + base.frozen, base.stored_bytes)
     return {
         "model": model,
         "base": {"parameters": base.trainable + base.frozen, "stored_bytes": base.stored_bytes},
         "passes": steps,
+        "training": training,
         "after": {"trainable": last.trainable, "frozen": last.frozen, "share": last.share, "stored_bytes": last.stored_bytes},
         "opaque": dict(report.opaque),
         "notes": list(report.notes),
@@ -190,6 +192,8 @@ def _print_plan(value):
     for step in value["passes"]:
         for refused in step["refused"]:
             print(f"refused  {step['pass']} at {refused['site']}: {refused['reason']}")
+    for hooked in value["training"]:
+        print(f"training {hooked['pass']} ({hooked['name']}): {', '.join(hooked['hooks'])}")
     for path, reason in value["opaque"].items():
         print(f"opaque   {path}: {reason}")
     for note in value["notes"]:

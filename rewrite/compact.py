@@ -38,7 +38,7 @@ def compact(live):
             steps.append(step)
             continue
         for options, sites in _left(live, found.pop(step.place)).items():
-            where = [{"role": held.role, "path": held.path.partition("#")[0]} for held, _ in sites]
+            where = [{"role": held.role, "path": held.path} for held, _ in sites]
             steps.append(dataclasses.replace(step, options=dataclasses.replace(step.options, **dict(options)), where=where))
             smaller |= {held.tensors[name]: tensor for held, tensors in sites for name, tensor in tensors.items()}
     if found:

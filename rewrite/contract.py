@@ -30,7 +30,7 @@ whole model.
 
 What happens while training is said in hooks (`rewrite.training` calls them, once per optimizer step). They ask by name for
 
-    sites                   all sites of the step as views: `.path`, `.role`, `.w`, and each tensor by its name
+    sites                   all sites of the step as views: `.path`, `.role`, `.w`, `.w_grad`, and each tensor by its name
     <name>                  a tensor of `shared`
     done generator          optimizer steps that the model has seen; a generator seeded by (spec seed, site, done)
     lr optimizer            lr(tensor) is its learning rate; the optimizer itself

@@ -187,7 +187,7 @@ class Edit:
             return f"its {len(rows)} rows of the fused projection follow no regular pattern"
         if rows is not None and self._trained(site) and self._covered(site, sites) < rows.total:
             return "its bias is one tensor for the whole fused projection: name all of its parts, for example attention.{q,k,v}"
-        if "w" in options.writes(**self.given(site, options.writes)) and self._is_read_elsewhere(site, sites):
+        if operation is not None and "w" in options.writes(**self.given(site, options.writes)) and self._is_read_elsewhere(site, sites):
             return "its weight is tied: another operation would see what is written into it"
         if (declined := derive.reason(self, site)) is not None:
             return declined

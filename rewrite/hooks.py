@@ -25,14 +25,14 @@ class Base:
     rows: Rows | None
     dim: int
 
-    def read(self, root):
-        """The site's part in standard orientation, detached."""
-        whole = g.attribute(root, self.path).detach().permute(self.axes)
+    def read(self, stored):
+        """The site's part of a stored tensor (the weight, its gradient) in standard orientation, detached."""
+        whole = stored.detach().permute(self.axes)
         return whole if self.rows is None else self.rows.take(whole, self.dim)
 
-    def write(self, root, value):
-        """Put a new value for the site's part in the stored tensor, in place."""
-        whole = g.attribute(root, self.path).detach().permute(self.axes)
+    def write(self, stored, value):
+        """Put a new value for the site's part in a stored tensor, in place."""
+        whole = stored.detach().permute(self.axes)
         whole.copy_(value if self.rows is None else self.rows.put(whole, value, self.dim))
 
 
@@ -70,7 +70,10 @@ class Hooked:
 
 
 class View:
-    """A site of a live model: `.path`, `.role`, `.w` (the base weight, out × in), and each of its new tensors by name."""
+    """A site of a live model: `.path`, `.role`, `.w` (the base weight, out × in), `.w_grad`, and each of its new tensors by name.
+
+    Assigning to `w` or `w_grad` writes the site's part of the stored tensor in place.
+    """
 
     def __init__(self, root, held):
         self._root, self._held, self.path, self.role = root, held, held.path, held.role
@@ -88,12 +91,23 @@ class View:
 
     @property
     def w(self):
-        """The base weight, out × in; assigning writes it into the model in place."""
-        return self._held.base.read(self._root)
+        return self._held.base.read(self._stored)
 
     @w.setter
     def w(self, value):
-        self._held.base.write(self._root, value)
+        self._held.base.write(self._stored, value)
+
+    @property
+    def w_grad(self):
+        return self._held.base.read(self._stored.grad)
+
+    @w_grad.setter
+    def w_grad(self, value):
+        self._held.base.write(self._stored.grad, value)
+
+    @property
+    def _stored(self):
+        return g.attribute(self._root, self._held.base.path)
 
 
 def _at(root, path, row):

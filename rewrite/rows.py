@@ -320,7 +320,7 @@ class Stacked(NewTensors):
             for row, step in enumerate(self.edit.members.steps):
                 hooked, shared = self.hooked(step), self.memo.get(("shared", self.step.place, f"{self.kind}.{self.step.name}"), {})
                 hooked.shared, hooked.row = shared, row
-                hooked.sites.setdefault(self._alone(site, step), Held(site.name, site.role, paths, self._base(site), row))
+                hooked.sites.setdefault(self._alone(site, step), Held(site.path, site.role, paths, self._base(site), row))
 
     def _alone(self, site, step):
         """Where an adapter's own step would put the tensors of a site."""

@@ -133,7 +133,7 @@ class NewTensors:
         own = {name: g.attribute(root, path).detach() for name, path in paths.items()}
         given = {name: own[name] if name in own else self.edit.value(site, name) for name in wants(options.remembers)}
         kept = {name: self._remember(f"{base}.{name}", value) for name, value in options.remembers(**given).items()}
-        self.hooked(self.step).sites[base] = Held(site.name, site.role, {**paths, **kept}, self._base(site))
+        self.hooked(self.step).sites[base] = Held(site.path, site.role, {**paths, **kept}, self._base(site))
 
     def _base(self, site):
         operation = self.edit.operation(site)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import pickle
 from dataclasses import dataclass
 
 import peft
@@ -9,6 +10,7 @@ import pytest
 import torch
 import transformers as T
 from checks import TOYS, captured, close, model_of, rejects, rounding, tensor_of, unchanged
+from models import build, example
 from peft.optimizers import create_loraplus_optimizer
 from torch.nn import functional as F
 
@@ -176,6 +178,76 @@ def test_copies_and_merged_models_have_hooks_of_their_own():
     assert training(merged).done == 0 and len(live.report.hooked) == 2
 
 
+def test_a_pickled_model_goes_on():
+    live = tuned({"pass": "told"}, classes=[Told])
+    run(live, 1)
+    twin = pickle.loads(pickle.dumps(live))
+    assert [run(live, 2, start=1), training(live).done] == [run(twin, 2, start=1), training(twin).done]
+
+
+@dataclass(frozen=True)
+class Fisher(Pass):
+    """Trains the entries of a weight that the loss feels most, found before training."""
+
+    role = "linear"
+
+    def trains(self):
+        return ("w",)
+
+    def remembers(self, w):
+        return {"mask": torch.zeros_like(w, dtype=torch.bool)}
+
+    def prepare(self, sites, forwards):
+        totals = [torch.zeros_like(site.w) for site in sites]
+        for forward in forwards:
+            forward().loss.backward()
+            for site, total in zip(sites, totals):
+                total += site.w_grad.square()
+                site.w_grad = torch.zeros_like(total)
+        for site, total in zip(sites, totals):
+            site.mask.copy_(total >= total.flatten().kthvalue(total.numel() - 10).values)
+
+    def after_backward(self, sites):
+        for site in sites:
+            site.w_grad = site.w_grad * site.mask
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama"])
+def test_hooks_see_base_weights_out_by_in(family):
+    """A mask over a fused, turned or interleaved weight: eleven entries of each part move, none of another part."""
+    model = build(family).double()
+    live = rewrite(model, Spec.parse({"passes": [{"pass": "fisher", "where": "attention.{q,k,v}"}]}, [Fisher])).train()
+    t, inputs = training(live), example(family)
+    forward = lambda: live(**inputs, labels=inputs["input_ids"])  # noqa: E731
+    t.prepare(forward, forward)
+    t.step(t.optimizer(torch.optim.SGD, 0.1), forward)
+    (hooked,) = live.report.hooked.values()
+    assert len(hooked.sites) == 6
+    for held, site in zip(hooked.sites.values(), hooked.views(live)):
+        moved = site.w != held.base.read(tensor_of(model, held.base.path))
+        assert moved.sum() == 11 and torch.equal(moved, site.mask)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
+def test_a_part_of_a_fused_weight_is_folded_and_compacted(family):
+    model, inputs = build(family).double().eval(), example(family)
+    logits = lambda one: one(**inputs).logits.detach()  # noqa: E731
+    live = stir(rewrite(model, {"passes": [{**PERIODIC, "every": 1, "where": "attention.{q,v}"}]}))
+    before = logits(live)
+    rejects(reference=before, result=logits(model), drift=EXACT)
+    t = training(live)
+    t.after_step(t.optimizer(torch.optim.SGD, 0.1))
+    close(reference=before, result=logits(live), drift=EXACT)
+    assert not any(tensor_of(live, path).any() for path in live.report.made if path.endswith("up"))
+    live = stir(rewrite(model, {"passes": [{"pass": "sora", "where": "attention.{q,v}", "rank": 4}]}))
+    with torch.no_grad():
+        for site, zeros in zip(next(iter(live.report.hooked.values())).views(live), (1, 2, 4, 0)):
+            site.gate[:zeros] = 0
+    small = compact(live)
+    close(reference=logits(live), result=logits(small), drift=EXACT)
+    assert sorted(len(tensor_of(small, path)) for path in small.report.made if path.endswith("gate")) == [2, 3, 4]
+
+
 def test_finished_training_leaves_what_it_remembered(tmp_path):
     live = tuned({"pass": "told"}, classes=[Told])
     run(live, 2)
@@ -307,10 +379,24 @@ def test_trainer_resumes(tmp_path):
     same(state(whole), state(again))
 
 
+@pytest.mark.parametrize("micro", [1, 2])
+def test_trainer_and_plain_loop_are_one_for_a_loss_of_its_own(micro, tmp_path):
+    spec = {"pass": "adamix", "where": "mlp", "copies": 3, "width": 5}
+    plain, live, without = tuned(spec), tuned(spec), tuned({**spec, "consistency": 0.0})
+    run(plain, 6, micro=micro)
+    for one in (live, without):
+        trainer(one, tmp_path, rows_of(6, micro), micro).train()
+    for path in plain.report.made:
+        close(reference=tensor_of(plain, path), result=tensor_of(live, path), drift=SINGLE)
+    rejects(reference=tensor_of(plain, "model.layers.0.mlp.adamix.default.up"), result=tensor_of(without, "model.layers.0.mlp.adamix.default.up"), drift=SINGLE)
+
+
 def test_trainer_refuses_what_it_cannot_do(tmp_path):
     live, other = tuned(ADALORA), tuned(ADALORA)
     with pytest.raises(Refused, match="trains another model than the callback is for"):
         trainer(live, tmp_path, rows_of(1), callbacks=[training(other).callback()]).train()
+    with pytest.raises(Refused, match="takes steps of its own, which Trainer has no place for"):
+        trainer(tuned({"pass": "lora", "where": "attention.q", "rank": 2}, {"pass": "mezo"}), tmp_path, rows_of(1)).train()
     told = tuned({"pass": "told"}, {"pass": "unfreeze", "where": "head"}, classes=[Told])
     with pytest.raises(Refused, match="was to have 3.0 times the learning rate of others"):
         trainer(told, tmp_path, rows_of(1)).train()
