@@ -14,8 +14,10 @@ they need:
     norm(y)                 what the norm after the residual add would give, had the sub-layer given y (post-norm models)
     block_x embeds          further out: the input of the block around the site, the output of the model's embedding
     choices                 in a mixing pass (`by` of a choose): the values that the steps of the choose give where the noun has its own, a tuple
+    x y                     logits: what the head reads, what the model gives
     training                the site's own flag
     role index kind fan_in  the site's role; the number of its block; "linear", "conv", "embedding", "experts" or None; inputs of one output
+    tied                    is its weight another module's too (a head that reads the embedding back)?
     key_heads               of attention: how many heads of keys differ (fewer than k has, where each serves several heads of queries)
     positions               the value by which the model counts its tokens, where there is one
     <name>                  a new tensor of `params` or `shared`, or an input of `inputs`
@@ -27,6 +29,9 @@ A noun names the value that it replaces: `input` x, `weight` w, `bias` b, `outpu
 whose value a site does not have is left out there, and so is one that returns its value as it is. `key` and `value` may put more places in
 front (`in_front`), both as many: masks and biases grow with them, and a cache keeps the model's own keys. `positions` is replaced once for the
 whole model.
+
+A value may go from site to site, in graph order: `start` gives the first one at the first site, `carry` the one that leaves a site from the one
+that came; every noun may ask for the one that came, as `carry`. At the last site `end` may make a new y of the one that leaves there.
 
 What happens while training is said in hooks (`rewrite.training` calls them, once per optimizer step). They ask by name for
 
@@ -58,9 +63,11 @@ import torch
 REPLACES = {"input": "x", "weight": "w", "bias": "b", "output": "y", "query": "q", "key": "k", "value": "v", "branch": "branch", "stream": "stream", "positions": "positions"}
 #: what a body may ask for beside handles and tensors: functions of the site, and facts of it
 FUNCTIONS = ("op", "mix", "norm", "f", "copy")
-FACTS = ("role", "index", "kind", "fan_in", "key_heads")
+FACTS = ("role", "index", "kind", "fan_in", "key_heads", "tied")
 #: values from further out
 OUTER = ("block_x", "embeds")
+#: the methods that thread a value from site to site
+CARRIES = ("start", "carry", "end")
 #: in the order in which they are called; those of _STACKED touch tensors alone, no gradients and no optimizer
 _STACKED = {"before_forward", "penalty", "groups", "choose"}
 HOOKS = ("prepare", "before_forward", "loss", "penalty", "after_backward", "step", "after_step", "groups", "choose")
@@ -146,6 +153,11 @@ class Pass:
         """The steps of a spec that shows the pass, which is called `name` there; its own stands last."""
         step = {"pass": name, **cls.example}
         return [*cls.shown_after, {"choose": [*cls.shown_over], "by": step} if cls.mixes() else step]
+
+    @classmethod
+    def bodies(cls):
+        """The methods of this pass that become nodes: its nouns, and those that thread a value from site to site."""
+        return (*cls.nouns(), *(name for name in CARRIES if hasattr(cls, name)))
 
     @classmethod
     def nouns(cls):

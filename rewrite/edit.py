@@ -39,6 +39,7 @@ class Edit:
         self.graph, self.sites, self.step, self.seed, self.report, self.made, self.memo = graph, sites, step, seed, report, report.made, memo
         self.graphs, self.main, self.restructured = graphs, graph is graphs[0], False
         self.aside, self.choices, self.replaced = aside, {}, []
+        self.carried, self.beside = None, set()  # the value that goes from site to site with the site that it comes from; the nodes that make it
         self.counted, self.grown = False, {}  # whether the step has replaced the model's positions; masks that it has made longer
         self.kind = step.method.rpartition(".")[2]
         self.by_name = {node.name: node for node in graph.nodes}
@@ -112,6 +113,8 @@ class Edit:
             return getattr(site, name)
         if name == "key_heads":
             return key_heads(site.handles["k"]) if site.handles.get("k") is not None else None
+        if name == "tied":
+            return operation is not None and len(names_of(self.graph.root, g.attribute(self.graph.root, operation.weight))) > 1
         if name == "kind":
             return operation.kind if operation is not None else None
         if name == "fan_in":
@@ -171,7 +174,7 @@ class Edit:
         """Why the pass declines a site, or None."""
         options = self.step.options
         operation, rows = self.operation(site), site.layout.rows
-        asked = {name for noun in options.nouns() for name in wants(getattr(options, noun))}
+        asked = {name for noun in options.bodies() for name in wants(getattr(options, noun))}
         if {"op", "mix"} & asked:
             if operation is None:
                 return "it has no operation on a weight that can be run again on another one"
@@ -251,8 +254,8 @@ class Edit:
         return node
 
     # ---- nouns ----------------------------------------------------------------------------------------------------------
-    def apply(self, site, shared):
-        """All nouns of the pass at one site; `shared` is what `share` gave."""
+    def apply(self, site, shared, last=False):
+        """All nouns of the pass at one site; `shared` is what `share` gave. `last`: no other site of the step comes after it."""
         options = self.step.options
         own = self.new.of(site)
         paths = {**shared, **own}
@@ -262,9 +265,13 @@ class Edit:
             self.own(self._stored(site, name))
         for name in options.no_grad:
             without_grad(self.handle(site, name))
+        if hasattr(options, "carry") and self.carried is None:
+            self.carried = self.make(site, "start", paths), site
         longer = {noun: self._noun(site, noun, paths) for noun in options.nouns() if not self.choices or (site, REPLACES[noun]) in self.choices}
         if any(longer.values()):
             lengthen(self, site, longer)
+        if self.carried is not None:
+            self._carry(site, paths, last)
         let_go(self, site)
         fed = {*wants(options.derive), *wants(options.measure)}
         for name, path in own.items():
@@ -343,23 +350,37 @@ class Edit:
         made = self.make(site, noun, paths)
         if made is None:
             return 0
-        self._replace(site, REPLACES[noun], *made)
+        self._replace(site, _target(noun), *made)
         self.counted |= noun == "positions"
-        return growth(site, REPLACES[noun], *made[:2])
+        return growth(site, _target(noun), *made[:2])
+
+    def _carry(self, site, paths, last):
+        """The value that goes from site to site, one site on."""
+        before, options = self.carried[1], self.step.options
+        lists = [other.block.rpartition(".")[0] if other.block else None for other in (before, site)]
+        if lists[0] != lists[1]:
+            raise Refused(f'{self.step.place}: {self.kind}: {before.name} and {site.name} lie in different lists of blocks, and no value goes from one to the other. Narrow "where" to one of them.')
+        self.carried = self.make(site, "carry", paths), site
+        self.carried[0].meta["carried"] = True
+        if last and hasattr(options, "end"):
+            self._noun(site, "end", paths)
 
     def make(self, site, noun, paths):
         """The nodes of a noun's new value, which nothing reads yet: (value that it would replace, its new value, all new nodes).
 
-        None where the site has no such value, and where the body gives back what it was given.
+        None where the site has no such value, and where the body gives back what it was given. `start` and `carry` replace nothing: the one
+        node of their value.
         """
-        options, place, target = self.step.options, f"{self.kind} at {site.path}", REPLACES[noun]
+        options, place, target = self.step.options, f"{self.kind} at {site.path}", _target(noun)
         function = getattr(options, noun)
         asked = wants(function)
-        if self.handle(site, target) is None:
+        if target is not None and self.handle(site, target) is None:
             return None
         nodes, functions, absent = {}, {}, set()
-        for name in dict.fromkeys((target, *asked)):
-            if name in paths:
+        for name in dict.fromkeys((target, *asked) if target is not None else asked):
+            if name == "carry" and self.carried is not None:
+                nodes[name] = self.carried[0]
+            elif name in paths:
                 nodes[name] = self.attribute(paths[name])
             elif name in options.inputs:
                 nodes[name] = self.input(name, place)
@@ -389,23 +410,26 @@ class Edit:
         body = self.memo.get(key)
         if body is None:
             body = self.memo[key] = self._trace(site, function, [name for name in asked if name not in absent], target, names, extras, values, facts, functions, place)
-        current = nodes[target]
-        if not current.users:
+        current = nodes.get(target)
+        if current is not None and not current.users:
             raise Refused(f"{place}: nothing reads the value that {noun}() would replace.")
         flag = lambda: self.attribute(".".join(p for p in (site.owner, "training") if p))  # noqa: E731
-        anchor = max([n for n in (current, *inputs) if n.op not in ("get_attr", "placeholder")], default=None)
+        anchor = max([n for n in inputs if n.op not in ("get_attr", "placeholder")], default=None)
         # a weight's new value goes right before what reads it there, anything else right after the last thing that it needs
         reader = operation is not None and target in ("w", "b") and (operation.chain or (operation.node,))[0]
-        following = min(current.users) if anchor is None else anchor.next
+        following = anchor.next if anchor is not None else min(current.users) if current is not None else self.handle(site, "y")
         while following in self.aside:  # steps side by side stand in the order of the spec
             following = following.next
         with self.graph.fx.inserting_before(reader or following):
             new, own = body.paste(self.graph.fx, inputs, flag, {"path": site.owner, "made": self.kind, "role": f"made.{self.kind}", "site": site.path})
         self.by_name.update((n.name, n) for n in own)
-        if new is current:
+        if current is not None and new is current:
             return None
         if not isinstance(new, fx.Node):
             raise Refused(f"{place}: {noun}() must return one tensor")
+        if current is None:
+            self.beside |= own
+            return new
         if signature(new.meta["val"]) != signature(current.meta["val"]) and not growth(site, target, current, new):
             raise Refused(f"{place}: {noun}() gives {_words(new)} where the model has {_words(current)}.")
         return current, new, own
@@ -479,7 +503,7 @@ class Edit:
         operation, inside = self.operation(site), None
         if target not in ("y", "positions"):
             inside = {operation.node, *operation.chain} if operation is not None and target != "x" else between([current], self.handle(site, "y"))
-        users = [user for user in current.users if user not in own and user not in self.aside and (inside is None or user in inside)]
+        users = [user for user in current.users if user not in own and user not in self.aside and user not in self.beside and (inside is None or user in inside)]
         if growth(site, target, current, new):  # how many places the model has itself is what it counts its positions and biases by
             users = [user for user in users if isinstance(user.meta.get("val"), torch.Tensor)]
         if any(user < new for user in users):
@@ -498,6 +522,11 @@ class Edit:
 def names_of(root, parameter):
     """Every name under which a (tied) parameter stands on the tree."""
     return [name for name, other in root.named_parameters(remove_duplicate=False) if other is parameter]
+
+
+def _target(noun):
+    """The name of the value that a noun replaces; None for a value that is made beside the model's."""
+    return "y" if noun == "end" else REPLACES.get(noun)
 
 
 def _words(node):

@@ -205,7 +205,7 @@ def _run(edits, picked, inner):
     shared = edits[0].new.shared(seen)
     for edit, sites in zip(edits, accepted):
         for site in sites:
-            edit.apply(site, shared)
+            edit.apply(site, shared, last=site is sites[-1])
     return tuple((site.name, site.role) for _, site in seen), tuple((site.name, reason) for site, reason in refused)
 
 

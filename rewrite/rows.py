@@ -94,6 +94,10 @@ class RowsEdit(Edit):
         if self.batch is None:
             return "it lies inside an opaque module, whose rows are not known" if self.graph.is_inner else "the batch size is not free in this capture"
         options = self.step.options
+        if hasattr(options, "carry") or options.no_grad:
+            return "what it hands from site to site, or keeps backward out of, is one for all rows of a batch"
+        if any("copy" in wants_of(getattr(options, noun)) for noun in options.nouns()):
+            return "a copy of the model's own body is one for all rows of a batch"
         for target in dict.fromkeys(REPLACES[noun] for noun in options.nouns()):
             current = self.handle(site, target if target not in ("w", "b") else "y")
             if current is not None and self.rows(current) is None:
@@ -103,7 +107,7 @@ class RowsEdit(Edit):
         return None
 
     # ---- nouns --------------------------------------------------------------------------------------------------------------
-    def apply(self, site, shared):
+    def apply(self, site, shared, last=False):
         own = self.new.of(site)
         paths = {**shared, **own}
         for name in self._trained(site):

@@ -179,7 +179,7 @@ class NewTensors:
 
     def _checked(self, new, place, handles=()):
         """The answer of a pass, name → new tensor; Refused in words for anything else."""
-        options, nouns = self.step.options, self.step.options.nouns()
+        options, nouns = self.step.options, self.step.options.bodies()
         asked = {name for noun in nouns for name in wants(getattr(options, noun))} | {*wants(options.derive), *wants(options.measure), *handles}
         if not isinstance(new, dict):
             raise Refused(f"{place} must return a dict of names and tensors, not {type(new).__name__}.")
@@ -191,7 +191,7 @@ class NewTensors:
                 raise Refused(f"{place} gives {name!r} as {tensor.dtype}, which cannot be trained: give frozen(tensor).")
             if nouns and name not in asked:
                 raise Refused(f"{place} gives {name!r}, and no noun asks for it.")
-            if name not in handles and name in (*REPLACES.values(), *FUNCTIONS, *FACTS, *OUTER, "choices", *self.step.options.inputs) or hasattr(nn.Module, name) or name in vars(nn.Module()):
+            if name not in handles and name in (*REPLACES.values(), *FUNCTIONS, *FACTS, *OUTER, "choices", "carry", *self.step.options.inputs) or hasattr(nn.Module, name) or name in vars(nn.Module()):
                 raise Refused(f"{place} gives {name!r}, a name that already means something at a site or on a module. Choose another.")
         return new
 

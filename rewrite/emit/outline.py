@@ -225,7 +225,8 @@ class _Cut:
         """Fill a piece's inputs and outputs, drop what nobody needs, and write sizes as dimensions of its tensor inputs."""
         own, inside, prefix = home[piece.nodes[0]], set(piece.nodes), piece.path + "."
         outputs = [n for n in piece.nodes if n not in self.top_sizes and any(home.get(u) != own for u in n.users)]
-        piece.outputs = outputs[-1:] + outputs[:-1]
+        main = next((n for n in reversed(outputs) if "carried" not in n.meta), None)  # the hidden state, not what a pass hands on beside it
+        piece.outputs = [n for n in outputs if n is main] + [n for n in outputs if n is not main]
         outer, sizes = {}, {}
         for node in piece.nodes:
             for a in node.all_input_nodes:

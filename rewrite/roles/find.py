@@ -179,7 +179,8 @@ class _Survey:
                 x = next((n for n in self.flow.parents(node) if is_float(n)), None)
                 sites.append(self._plain("opaque", ("opaque",), node, node.target, {"x": x, "y": node}))
         sites += self._block_sites()
-        sites += [self._plain("logits", ("logits",), y, path_of(y), {"y": y}) for y in dict.fromkeys(self.heads.values())]
+        ends = {y: op for op, y in reversed(self.heads.items())}
+        sites += [self._plain("logits", ("logits",), y, path_of(y), {"x": self.flow.affine[ends[y]].x, "y": y}) for y in dict.fromkeys(self.heads.values())]
         output = self.flow.nodes[-1]
         inputs = dict(zip(self.graph.inputs, self.graph.placeholders))
         logits = next(iter(self.heads.values()), None)
