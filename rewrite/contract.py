@@ -12,7 +12,8 @@ they need:
     f(x)                    the site's own body, frozen tensors and earlier passes included, on another x of any length
     copy(x)                 the same code on tensors of its own, which start as the base's values and train
     norm(y)                 what the norm after the residual add would give, had the sub-layer given y (post-norm models)
-    block_x embeds          further out: the input of the block around the site, the output of the model's embedding
+    block_x sublayer_x      further out: the input of the block, of the sub-layer (mlp, attention.block) around the site
+    embeds                  the output of the embedding
     choices                 in a mixing pass (`by` of a choose): the values that the steps of the choose give where the noun has its own, a tuple
     x y                     logits: what the head reads, what the model gives
     training                the site's own flag
@@ -65,7 +66,7 @@ REPLACES = {"input": "x", "weight": "w", "bias": "b", "output": "y", "query": "q
 FUNCTIONS = ("op", "mix", "norm", "f", "copy")
 FACTS = ("role", "index", "kind", "fan_in", "key_heads", "tied")
 #: values from further out
-OUTER = ("block_x", "embeds")
+OUTER = ("block_x", "sublayer_x", "embeds")
 #: the methods that thread a value from site to site
 CARRIES = ("start", "carry", "end")
 #: in the order in which they are called; those of _STACKED touch tensors alone, no gradients and no optimizer

@@ -81,11 +81,17 @@ class Edit:
         return operation.node.args[at] if at is not None and len(operation.node.args) > at else None
 
     def outer(self, site, name):
-        """A value from further out: `block_x` of the block around the site, `embeds` of the last embedding before it; None where there is none."""
-        role, handle = ("block", "x") if name == "block_x" else ("embed", "y")
-        found = [other for other in self.sites if other.role == role and (other.path == site.block if role == "block" else other.node < site.node)]
-        nearest = next((other for other in found if other.call == site.call and role == "block"), found[-1] if found else None)
-        return self.handle(nearest, handle) if nearest is not None else None
+        """A value from further out, or None: `block_x` and `sublayer_x` of what is around the site, `embeds` of the last embedding before it."""
+        if name == "embeds":
+            before = [other for other in self.sites if other.role == "embed" and other.node < site.node]
+            return self.handle(before[-1], "y") if before else None
+        kinds = ("block",) if name == "block_x" else ("attention.block", "mlp", "mixer")
+        around = [other for other in self.sites if other.role in kinds and not other.node < site.node]
+        nearest = min(around, key=lambda other: other.node, default=None)
+        if nearest is None or (name == "block_x" and nearest.path != site.block):
+            return None
+        x = self.handle(nearest, "x")
+        return x if x is not None and x < site.node else None
 
     @staticmethod
     def operation(site):
@@ -194,7 +200,7 @@ class Edit:
             return "its weight is tied: another operation would see what is written into it"
         if (declined := derive.reason(self, site)) is not None:
             return declined
-        lacking = next((n for n in wants(options.params) if n in _LACKING and self.value(site, n) is None), None)
+        lacking = next((n for n in wants(options.params) if n in _LACKING and not has_default(options.params, n) and self.value(site, n) is None), None)
         if lacking is not None:
             return f"it has no {_LACKING[lacking]}"
         try:
@@ -395,7 +401,7 @@ class Edit:
             else:
                 nodes[name] = self.handle(site, name)
                 if nodes[name] is None and name in OUTER:
-                    raise Refused(f"{place}: {noun}() asks for {name!r}, and there is {'no block around this site' if name == 'block_x' else 'no embedding in this model'}.")
+                    raise Refused(f"{place}: {noun}() asks for {name!r}, which there is not at this site.")
                 if nodes[name] is None and name not in {*site.handles, "x", "w", "b", "y"}:
                     raise Refused(f"{place}: {noun}() asks for {name!r}; this site has {', '.join(site.handles)} and the new tensors {', '.join(paths) or 'none'}.")
         functions = {name: f for name, f in functions.items() if f is not None}

@@ -212,7 +212,7 @@ def _run(edits, picked, inner):
 def _refusals(step, refused, total):
     shown = [f"{step.method} at {site.name}{_shape(site)}: {reason}" for site, reason in refused[:5]]
     more = f"\n… and {len(refused) - 5} more" if len(refused) > 5 else ""
-    advice = 'narrow "where" or change the options' if len(refused) == total else 'narrow "where", change the options, or say "allow_refusals": true in this pass'
+    advice = 'narrow "where" or change the options' if len(refused) == total or step.options.mixes() else 'narrow "where", change the options, or say "allow_refusals": true in this pass'
     return "\n".join(shown) + f"{more}\n{len(refused)} of {total} sites refused ({step.place}); {advice}."
 
 

@@ -17,10 +17,11 @@ _SHARED = {
                 "properties": {
                     "role": {"$ref": "#/$defs/texts", "description": "A role as above."},
                     "path": {"$ref": "#/$defs/texts", "description": "Paths of modules: * is one component, ** any number: layers.{0..3}.**"},
+                    "depth": {"type": "string", "pattern": r"^\d+([./]\d+)?\.\.\d+([./]\d+)?$", "description": "A part of the stack of blocks, from 0 to 1: 0..1/4 is its first quarter."},
                     "not": {"$ref": "#/$defs/where", "description": "Sites to leave out."},
                     "expect": {"type": "integer", "minimum": 1, "description": "The number of sites there must be."},
                 },
-                "anyOf": [{"required": ["role"]}, {"required": ["path"]}],
+                "anyOf": [{"required": ["role"]}, {"required": ["path"]}, {"required": ["depth"]}],
                 "additionalProperties": False,
             },
             {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/where"}, "description": "Either of these."},

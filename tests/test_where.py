@@ -1,11 +1,13 @@
 """`where` in a spec: what it picks, what it says when it picks nothing, and how it is refused when it is malformed."""
 
 import re
+from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 
 from rewrite.errors import Refused, SpecError
-from rewrite.roles.find import roles
+from rewrite.roles.find import Roles, roles
 from rewrite.roles.where import REGIONS, ROLES, parse, select
 from tests.models import captured
 
@@ -56,6 +58,24 @@ def test_a_path_stops_at_the_borders_of_names(llama):
             select(llama, {"role": "linear", "path": path})
 
 
+SPINDLE = ("0..1/6", "1/6..1/2", "1/2..5/6", "5/6..1")
+
+
+@pytest.mark.parametrize("blocks, sizes", [(4, [1, 1, 1, 1]), (6, [1, 2, 2, 1]), (12, [2, 4, 4, 2]), (32, [5, 11, 11, 5])])
+def test_parts_of_the_depth_share_out_all_blocks(llama, blocks, sizes):
+    (one,) = select(llama, {"role": "mlp", "path": "layers.0.**"})
+    stack = Roles(replace(one, index=i, block=f"layers.{i}", depth=Fraction(2 * i + 1, 2 * blocks)) for i in range(blocks))
+    groups = [[site.index for site in select(stack, {"role": "mlp", "depth": part})] for part in SPINDLE]
+    assert [len(group) for group in groups] == sizes and sum(groups, []) == [*range(blocks)]
+
+
+def test_depth_counts_each_stack_by_itself(llama):
+    assert picked(llama, {"role": "attention.q", "depth": "0..1/2"}) == ["model.layers.0.self_attn.q_proj"]
+    assert picked(llama, {"depth": "0.5..1"}, default="norm") == [f"model.layers.1.{name}_layernorm" for name in ("input", "post_attention")]  # none beyond the stack
+    found = roles(captured("t5"))
+    assert {site.block for site in select(found, {"role": "mlp", "depth": "0..1/2"})} == {"encoder.block.0", "decoder.block.0"}
+
+
 def test_not_takes_away(llama):
     assert picked(llama, {"role": "linear", "not": "mlp.*"}) == picked(llama, "attention.*")
     assert picked(llama, {"role": "linear", "not": {"path": "layers.1.**"}}) == picked(llama, {"path": "layers.0.**"})
@@ -102,7 +122,10 @@ def test_default_role(llama):
         ([], "empty list"),
         (None, "expected a role, an object or a list of these, got null"),
         (7, "got 7"),
-        ({}, 'neither "role" nor "path"'),
+        ({}, 'none of "role", "path" and "depth"'),
+        ({"role": "mlp", "depth": "1/2..1/4"}, 'where.depth: expected a part of the stack of blocks from 0 to 1, such as "0..1/4" or "1/4..1", got "1/2..1/4".'),
+        ({"role": "mlp", "depth": "0..1/0"}, 'got "0..1/0"'),
+        ({"role": "mlp", "depth": 3}, "got 3"),
         ({"rol": "linear"}, 'where.rol: no such key. Did you mean "role"?'),
         ({"role": 3}, "where.role: expected text, got 3"),
         ({"role": []}, "empty list"),

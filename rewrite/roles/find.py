@@ -5,6 +5,7 @@ from what lies between them (attention.py, branches.py). What is not recognised 
 """
 
 from dataclasses import replace
+from fractions import Fraction
 
 from .affine import find_affine, union
 from .attention import find_attention, find_projections
@@ -55,6 +56,7 @@ class _Survey:
         for block in graph.blocks:
             siblings.setdefault(block.rpartition(".")[0], []).append(block)
         self._blocks = {block: number for blocks in siblings.values() for number, block in enumerate(blocks)}
+        self._depths = {block: Fraction(2 * number + 1, 2 * len(blocks)) for blocks in siblings.values() for number, block in enumerate(blocks)}
         self._inside = {}
         self.claims = {}  # affine op → {role: rows}
         self.regions = []  # (role, x, y, affine ops)
@@ -215,7 +217,7 @@ class _Survey:
 
     def _plain(self, role, roles, node, path, handles, **more):
         block, index = self._block_of(path, node)
-        return Site(node, role, roles, path, path, handles, block=block, index=index, call=node.meta.get("call", 0), **more)
+        return Site(node, role, roles, path, path, handles, block=block, index=index, call=node.meta.get("call", 0), depth=self._depths.get(block), **more)
 
     def _block_of(self, *places):
         """`(path, number among its siblings)` of the block around a path or node; the first place that lies in one counts."""
@@ -280,7 +282,7 @@ class _Survey:
         block, index = self._block_of(path, op)
         label = ".".join(filter(None, (parameter, label)))
         handles = {"x": affine.x, "w": affine.w, "b": affine.b, "y": op}
-        return Site(op, names[0], tuple(dict.fromkeys(names)), path, owner, handles, label, layout, op, index, block, op.meta.get("call", 0))
+        return Site(op, names[0], tuple(dict.fromkeys(names)), path, owner, handles, label, layout, op, index, block, op.meta.get("call", 0), self._depths.get(block))
 
     def _one_per_sum(self, lookups):
         """Of several tables that are looked up by inputs and added up, the largest is the tokens'."""
@@ -305,7 +307,7 @@ class _Survey:
         block, index = self._block_of(path, op)
         layout = Layout("embedding", arguments=affine.arguments)
         handles = {"ids": affine.x, "w": affine.w, "y": op}
-        return Site(op, role, (role,), path, owner, handles, label, layout, op, index, block, op.meta.get("call", 0))
+        return Site(op, role, (role,), path, owner, handles, label, layout, op, index, block, op.meta.get("call", 0), self._depths.get(block))
 
     def _lookup(self, ids):
         """Ids of an input are tokens, ids that are counted are positions, constant ones belong to a table added to the tokens'."""

@@ -8,6 +8,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import torch
 from torch import fx
@@ -111,7 +112,7 @@ class Site:
     `role`: the narrowest name; `roles`: every name under which the site is found. `path`: the module of the weight, or the parameter's own
     path where it is not of a leaf module. `owner`: the module on which new tensors are installed, `label` tells several sites on
     one owner apart. `handles`: name → node, or None where the site has none (no bias, no mask). `operation`: the node of the affine op.
-    `block`, `index`: path and number of the block around it. `call`: 0, or the number of the call when a module is called again.
+    `block`, `index`: path and number of the block around it; `depth`: where its middle lies in the stack of blocks, 0 to 1. `call`: 0, or the number of the call when a module is called again.
     """
 
     node: fx.Node
@@ -126,6 +127,7 @@ class Site:
     index: int | None = None
     block: str | None = None
     call: int = 0
+    depth: Fraction | None = None
 
     @property
     def name(self):

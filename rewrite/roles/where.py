@@ -2,16 +2,19 @@
 
     "attention.{q,v}"                      by role; `{a,b}` stands for either, `*` for any rest of the name of a role that has a weight
     {"role": "linear", "path": "layers.{0..3}.**", "not": "mlp.*", "expect": 4}
+    {"role": "mlp", "depth": "0..1/4"}     in the first quarter of the stack of blocks, however many there are
     ["attention.{q,v}", "mlp.down"]        either of these
 
 In a path `*` is one component and `**` any number of them; a pattern matches at any component, so `layers.0.**` finds
-`model.layers.0.self_attn.q_proj`. `not` is a where of its own, or a path where it has the form {"path": …}.
+`model.layers.0.self_attn.q_proj`. A block belongs to the part of the depth in which its middle lies, so that parts which meet
+(0..1/6, 1/6..1/2, 1/2..5/6, 5/6..1) share out all blocks, each to one. `not` is a where of its own, or a path where it has the form {"path": …}.
 """
 
 import difflib
 import itertools
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache
 
 from ..errors import Refused, SpecError
@@ -26,12 +29,13 @@ WEIGHTS = tuple("""
 FUSED = ("attention.qkv", "attention.kv", "attention.fused", "mlp.gate_up", "mlp.fused", "expert.gate_up", "expert.fused", "mixer.fused")
 REGIONS = ("attention", "attention.cross", "attention.block", "mlp", "mixer", "residual", "block", "opaque", "logits", "model")
 ROLES = WEIGHTS + FUSED + REGIONS
-_KEYS = ("role", "path", "not", "expect")
+_KEYS = ("role", "path", "depth", "not", "expect")
 
 
 @dataclass(frozen=True)
 class Where:
-    """A parsed `where`: any of `roles` (None for every role) at any of `paths` (None for every path), without the sites of `excluded`.
+    """A parsed `where`: any of `roles` (None for every role) at any of `paths` and in the part `depth` of the stack (None for everywhere),
+    without the sites of `excluded`.
 
     A list is a Where of `either` alone. `text` is how it stood in the spec.
     """
@@ -39,6 +43,7 @@ class Where:
     text: str
     roles: frozenset[str] | None = None
     paths: re.Pattern | None = None
+    depth: tuple[Fraction, Fraction] | None = None
     excluded: "Where | None" = None
     expect: int | None = None
     either: tuple["Where", ...] = ()
@@ -53,6 +58,8 @@ class Where:
         elif self.roles.isdisjoint(site.roles):
             return False
         if self.paths is not None and not self.paths.search(site.path):
+            return False
+        if self.depth is not None and (site.depth is None or not self.depth[0] <= site.depth < self.depth[1]):
             return False
         return self.excluded is None or not self.excluded.hits(site)
 
@@ -72,8 +79,8 @@ def parse(where, place="where") -> Where:
     for key in where:
         if key not in _KEYS:
             raise SpecError(f"{place}.{key}: no such key.{_closest(key, _KEYS)} The keys are {', '.join(_KEYS)}.")
-    if "role" not in where and "path" not in where:
-        raise SpecError(f'{place}: neither "role" nor "path" is given. For example {{"role": "linear", "path": "layers.{{0..3}}.**"}}.')
+    if not {"role", "path", "depth"} & where.keys():
+        raise SpecError(f'{place}: none of "role", "path" and "depth" is given. For example {{"role": "linear", "path": "layers.{{0..3}}.**"}}.')
     expect = where.get("expect")
     if expect is not None and (not isinstance(expect, int) or isinstance(expect, bool) or expect < 1):
         raise SpecError(f"{place}.expect: expected a whole number above 0, got {_text(expect)}.")
@@ -81,6 +88,7 @@ def parse(where, place="where") -> Where:
         _text(where),
         roles=_any(where["role"], f"{place}.role", _roles) if "role" in where else None,
         paths=_paths(where["path"], f"{place}.path") if "path" in where else None,
+        depth=_depth(where["depth"], f"{place}.depth") if "depth" in where else None,
         excluded=parse(where["not"], f"{place}.not") if "not" in where else None,
         expect=expect,
     )
@@ -132,6 +140,18 @@ def _paths(value, place):
     if "" in patterns:
         raise SpecError(f"{place}: an empty path.")
     return re.compile("|".join(sorted(map(_glob, patterns))))
+
+
+def _depth(text, place):
+    """`1/4..1/2` as its two ends."""
+    ends = re.fullmatch(r"(\d+(?:[./]\d+)?)\.\.(\d+(?:[./]\d+)?)", text) if isinstance(text, str) else None
+    try:
+        start, stop = map(Fraction, ends.groups()) if ends else (Fraction(0), Fraction(0))
+    except ZeroDivisionError:
+        start = stop = Fraction(0)
+    if not 0 <= start < stop <= 1:
+        raise SpecError(f'{place}: expected a part of the stack of blocks from 0 to 1, such as "0..1/4" or "1/4..1", got {_text(text)}.')
+    return start, stop
 
 
 def _glob(pattern):
