@@ -83,13 +83,15 @@ class Pass:
     mixing pass chooses from; `freezes_choices`: a mixing pass trains alone; `whole` says that it takes the parts of a
     fused projection as one site; `requires(graph)` gives the reason why the graph is not ready for
     it, or None. `no_grad` names handles that backward must not go beyond: all that they are computed from runs under torch.no_grad.
-    `inputs` (name → `Input`; a property where options decide) are what calls of the model take beside its own.
-    A pass that is not site-shaped defines `apply(self, edit, sites)` instead of nouns. `choices` are the frozen tensors that a hook
-    writes for each step and that the nouns read in training alone.
+    `inputs` (name → `Input`; a property where options decide) are what calls of the model take beside its own. `lengthens` says that
+    `output` on `embed` puts tokens in front of the model's own: masks, positions, token types, labels and caches follow, and the caller sees
+    none of it. A pass that is not site-shaped defines `apply(self, edit, sites)` instead of nouns. `choices` are the frozen tensors that a
+    hook writes for each step and that the nouns read in training alone.
     """
 
     role: ClassVar[str | list | None] = None
     drift: ClassVar[float | None] = 0.0
+    lengthens: ClassVar[bool] = False
     example: ClassVar[dict] = {}
     shown_after: ClassVar[tuple[dict, ...]] = ()
     shown_over: ClassVar[tuple[dict, ...]] = ()

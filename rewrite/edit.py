@@ -16,6 +16,7 @@ from .contract import FACTS, FUNCTIONS, OUTER, REPLACES, has_default, wants
 from .derive import evaluated, let_go
 from .errors import Refused
 from .lengthen import growth, lengthen
+from .prompts import insert
 from .operation import Again, Operation
 from .region import Copied, Region, between, body_of
 from .roles.attention import key_heads
@@ -273,6 +274,9 @@ class Edit:
             without_grad(self.handle(site, name))
         if hasattr(options, "carry") and self.carried is None:
             self.carried = self.make(site, "start", paths), site
+        if options.lengthens:
+            insert(self, site, paths)
+            return
         longer = {noun: self._noun(site, noun, paths) for noun in options.nouns() if not self.choices or (site, REPLACES[noun]) in self.choices}
         if any(longer.values()):
             lengthen(self, site, longer)
@@ -436,7 +440,7 @@ class Edit:
         if current is None:
             self.beside |= own
             return new
-        if signature(new.meta["val"]) != signature(current.meta["val"]) and not growth(site, target, current, new):
+        if signature(new.meta["val"]) != signature(current.meta["val"]) and not growth(site, target, current, new) and not options.lengthens:
             raise Refused(f"{place}: {noun}() gives {_words(new)} where the model has {_words(current)}.")
         return current, new, own
 

@@ -77,6 +77,8 @@ class _Region:
         """Why this region does not fold, or None."""
         if self.outside:
             return f"it also reads %{self.outside[0].name}, which is not its own x"
+        if any("front" in node.meta for node in self.nodes):
+            return "tokens stand in front of what it looks up, which no table of a vocabulary holds"
         if self.operation.kind == "experts" and not (len(self.operation.extras) == 1 and "grouped_mm" in str(self.node.target)):
             return "its experts are gathered token by token"
         values = {node.target: g.attribute(self.edit.graph.root, node.target) for node in self.reads}

@@ -84,6 +84,8 @@ def _parse_inner(step, place, faults, parse):
         return found
     if hasattr(found.options, "apply"):
         faults.append(f"{place}: {found.method} replaces no value that another pass could work beside. Write it before or after.")
+    if found.options.lengthens:
+        faults.append(f"{place}: {found.method} puts tokens in front of the model's own, which is not the work of one place. Write it before or after.")
     refuse_mixing(found, faults)
     return found
 

@@ -71,7 +71,7 @@ class Graph:
     repeated modules. `checks` must hold for the inputs of each call. `opaque` maps the path of a module that stays one call to the
     reason, `notes` are fall-backs for the report. `variants` are the other graphs over the same root; one that `is_inner` is a leaf module inside
     an opaque one, captured on its own: a part of the model that no other graph shows. `captured` is the graph before the passes, where one of
-    them may be done again.
+    them may be done again. `front`: how many tokens passes have put before the model's own.
     """
 
     fx: fx.Graph
@@ -88,6 +88,7 @@ class Graph:
     signature: object = None
     is_inner: bool = False
     captured: "Graph | None" = None
+    front: int = 0
 
     @property
     def nodes(self):
@@ -110,20 +111,21 @@ class Graph:
         """This graph and its variants."""
         return [self, *self.variants.values()]
 
+    def twin(self, root, **changes):
+        """These nodes anew over a tree, without variants; `changes` are fields that differ."""
+        nodes, env = fx.Graph(), {}
+        for node in self.nodes:
+            env[node] = nodes.node_copy(node, lambda n: env[n])
+            env[node].meta = dict(node.meta)
+        return replace(self, fx=nodes, root=root, opaque=dict(self.opaque), notes=list(self.notes), variants={}, **changes)
+
     def copy(self):
         """The same graphs over a tree of their own: frozen tensors share storage, trainable ones are copies."""
         root = clone_tree(self.root)
         for parameter in root.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.clone()
-        twins = {}
-        for part in self.all():
-            nodes, env = fx.Graph(), {}
-            for node in part.nodes:
-                env[node] = nodes.node_copy(node, lambda n: env[n])
-                env[node].meta = dict(node.meta)
-            twins[part.name] = replace(part, fx=nodes, root=root, opaque=dict(part.opaque), notes=list(part.notes), variants={})
-        main, *rest = twins.values()
+        main, *rest = (part.twin(root) for part in self.all())
         main.variants.update((part.name, part) for part in rest)
         return main
 

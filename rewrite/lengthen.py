@@ -61,7 +61,7 @@ def _kernel(edit, site, places, place):
     if not isinstance(args[5], bool):
         raise Refused(f"{place}: whether it is causal is known only in the call, so its mask cannot be made longer.")
     if args[5]:
-        args[3:6] = _paste(edit, site, node.prev, ("causal", places), lambda q, k: _visible(q, k, places), args[:2], site.owner, place), args[4], False
+        args[3:6] = paste(edit, node.prev, ("causal", places), lambda q, k: _visible(q, k, places), args[:2], (site.owner, site.path), place), args[4], False
     elif args[3] is not None:
         fill = args[3].meta["val"].dtype is torch.bool
         args[3] = _longer(edit, site, args[3], g.shape(args[1])[-2] - places, places, fill, place)
@@ -120,11 +120,11 @@ def _longer(edit, site, value, length, places, fill, place):
     if not sizes or (sizes[-1] == 1 and length != 1):
         return value
     run = lambda mask: torch.cat([mask.new_full((*mask.shape[:-1], places), fill), mask], -1)  # noqa: E731
-    return _paste(edit, site, value, ("longer", fill, places), run, [value], g.path_of(value), place)
+    return paste(edit, value, ("longer", fill, places), run, [value], (g.path_of(value), site.path), place)
 
 
-def _paste(edit, site, after, what, function, inputs, path, place):
-    """The node of `function(*inputs)`, made right after a node, once for all that ask for it."""
+def paste(edit, after, what, function, inputs, paths, place):
+    """The node of `function(*inputs)`, made right after a node, once for all that ask for it; `paths`: of its module, of its site."""
     made = (what, *inputs)
     if made not in edit.grown:
         values = [n.meta["val"] for n in inputs]
@@ -135,7 +135,7 @@ def _paste(edit, site, after, what, function, inputs, path, place):
             edit.memo[key] = Body(lambda *v, training: function(*v), fresh, edit.fake_mode, training=False, marker=edit.marker, place=place)
         before = edit.top if after.op in ("placeholder", "get_attr") else after.next
         with edit.graph.fx.inserting_before(before):
-            new, own = edit.memo[key].paste(edit.graph.fx, inputs, None, {"path": path, "made": edit.kind, "role": f"made.{edit.kind}", "site": site.path})
+            new, own = edit.memo[key].paste(edit.graph.fx, inputs, None, {"path": paths[0], "made": edit.kind, "role": f"made.{edit.kind}", "site": paths[1]})
         edit.by_name.update((n.name, n) for n in own)
         edit.grown[made] = new
     return edit.grown[made]

@@ -19,6 +19,7 @@ from .errors import Refused
 from .fingerprint import fingerprint
 from .forms import Form, leaves
 from .graph import attribute
+from .prompts import follow, split
 from .report import Applied, Report, Size
 from .roles.find import Roles, roles
 from .rows import RowsEdit
@@ -97,6 +98,8 @@ def apply(graph, spec, *, donated=None, stored=()):
 
 
 def _apply_steps(graph, steps, seed, report, donated=None, stored=()):
+    if any(step.options.lengthens for step in leaves(tuple(steps))):
+        split(graph)
     work = Work(graph, seed, report, donated, dict(stored))
     for number, step in enumerate(steps):
         step = step if step.place else dataclasses.replace(step, place=f"passes[{number}]")  # one that was not read from a spec
@@ -147,6 +150,8 @@ class Work:
         for edit, given in zip(edits, choices or ()):
             edit.choices = given
         sites, refused = _run(edits, picked, self.inner)
+        if step.options.lengthens:
+            follow(edits)
         for number, edit in enumerate(edits):  # when all are done: the tree must have let go of what they have folded
             self.replaced[number] += edit.replaced
             if edit.restructured:

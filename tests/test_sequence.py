@@ -276,3 +276,129 @@ def test_prefix_saved_and_exported(tmp_path):
     rejects(reference=live(**inputs).logits, result=model(**inputs).logits, drift=rounding(torch.float32))
     report = export_onnx(live, tmp_path / "model.onnx", cache=True)  # compared in ONNX Runtime, an empty cache among the sizes
     assert report.error is not None and len(report.sizes) == 3
+
+
+# ---- prompts ---------------------------------------------------------------------------------------------------------------
+
+
+def prompted(family, **options):
+    where = {"role": "embed", "path": "encoder.**"} if family == "t5" else "embed"
+    return rewrite(base(family), {"passes": [{"pass": "prompt_tuning", "where": where, "length": PLACES, **options}]})
+
+
+def prompt_of(live):
+    """The prompt of a live model, with values as large as the embeddings that it stands among."""
+    (path,) = live.report.made
+    return live.get_parameter(path)
+
+
+def peft_prompted(family):
+    torch.manual_seed(1)
+    wrapped = peft.get_peft_model(copy.deepcopy(base(family)), peft.PromptTuningConfig(task_type=TASKS[family], num_virtual_tokens=PLACES)).double().eval()
+    if family == "bert":
+        wrapped.base_model.classifier = copy.deepcopy(base(family).classifier)
+    return wrapped
+
+
+def with_prompt(wrapped, live):
+    prompt_of(live).data.copy_(wrapped.prompt_encoder.default.embedding.weight[:PLACES])  # an encoder-decoder gets two; its encoder reads the first
+    return live
+
+
+@pytest.mark.parametrize("family", TASKS)
+def test_prompt_as_peft(family):
+    wrapped = peft_prompted(family)
+    live = with_prompt(wrapped, prompted(family))
+    kept = slice(PLACES if TASKS[family] == "CAUSAL_LM" else 0, None)  # PEFT hands the prompt's own logits back too
+    for batch, length in ((1, 1), (3, 9)):
+        inputs = example(family, batch, length)
+        labels = torch.tensor([0, 1, 2])[:batch] if family == "bert" else inputs.get("decoder_input_ids", inputs["input_ids"])
+        theirs, mine = wrapped(**inputs, labels=labels), live(**inputs, labels=labels)
+        close(reference=theirs.logits[:, kept], result=mine.logits, drift=EXACT)
+        close(reference=theirs.loss, result=mine.loss, drift=EXACT)
+        close(reference=mine.logits, result=live(**inputs).logits, drift=EXACT)
+        for found in (theirs, mine):
+            found.loss.backward()
+    a, b = wrapped.prompt_encoder.default.embedding.weight.grad[:PLACES], prompt_of(live).grad
+    assert a.any()
+    close(reference=a, result=b, drift=EXACT)
+    rejects(reference=a, result=1.001 * b, drift=EXACT)
+    rejects(reference=theirs.loss, result=base(family)(**inputs, labels=labels).loss, drift=EXACT)
+    prompt_of(live).data.copy_(prompt_of(live).flip(0))
+    rejects(reference=theirs.logits[:, kept], result=live(**inputs).logits, drift=EXACT)
+
+
+def by_embeddings(live, family, input_ids, attention_mask, **options):
+    """What the original model generates when the prompt is put before the embeddings by hand."""
+    model, prompt = base(family), prompt_of(live).detach()
+    embeds = torch.cat([prompt.expand(len(input_ids), -1, -1), model.get_input_embeddings()(input_ids)], 1)
+    mask = torch.cat([attention_mask.new_ones(len(input_ids), PLACES), attention_mask], 1)
+    return torch.cat([input_ids, model.generate(inputs_embeds=embeds, attention_mask=mask, **GENERATES, **options)], 1)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_prompt_generates(family, beams):
+    live = with_prompt(peft_prompted(family), prompted(family))
+    wanted = by_embeddings(live, family, **prompts(family), num_beams=beams)
+    assert torch.equal(wanted, live.generate(**prompts(family), **GENERATES, num_beams=beams))
+    assert not torch.equal(wanted, base(family).generate(**prompts(family), **GENERATES, num_beams=beams))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_prompt_second_turn(family):
+    live = with_prompt(peft_prompted(family), prompted(family))
+    longer, second, length = turns(live, family)
+    assert length == 7 + 6 - 1  # what generate sees of the cache
+    assert torch.equal(second, by_embeddings(live, family, longer, torch.ones_like(longer)))
+
+
+def test_prompt_of_an_encoder_generates_as_peft():
+    wrapped = peft_prompted("t5")
+    live = with_prompt(wrapped, prompted("t5"))
+    inputs = {k: v for k, v in example("t5", 3, 9).items() if not k.startswith("decoder")}
+    for beams in (1, 3):
+        theirs = wrapped.generate(**inputs, **GENERATES, num_beams=beams)
+        assert torch.equal(theirs, live.generate(**inputs, **GENERATES, num_beams=beams))
+    prompt_of(live).data.neg_()
+    assert not torch.equal(theirs, live.generate(**inputs, **GENERATES, num_beams=beams))
+
+
+def test_prompt_refuses_in_words():
+    prompt = {"pass": "prompt_tuning", "length": 3}
+    with pytest.raises(Refused, match="tokens stand in front of the model's own already"):
+        rewrite(base("llama"), {"passes": [{**prompt, "name": "fr"}, {**prompt, "name": "de"}]})
+    with pytest.raises(Refused, match="tokens stand in front of the model's own already.*narrow"):
+        rewrite(base("t5"), {"passes": [prompt]})
+    with pytest.raises(Refused, match="ids name 99, and its table has 99 rows"):
+        rewrite(base("llama"), {"passes": [{**prompt, "ids": [1, 99]}]})
+    live, ids = prompted("llama"), example("llama")["input_ids"]
+    cache = base("llama")(ids, use_cache=True).past_key_values
+    with pytest.raises(Refused, match="was filled by a model with 0 tokens in front, this one has 5"):
+        live(input_ids=ids[:, :1], past_key_values=cache, attention_mask=torch.ones(2, 8, dtype=torch.long))
+    with pytest.raises(Refused, match="was filled by a model with 5 tokens in front, this one has 0"):
+        rewrite(base("llama"), {"passes": []})(input_ids=ids[:, :1], past_key_values=live(input_ids=ids, use_cache=True).past_key_values, attention_mask=torch.ones(2, 8, dtype=torch.long))
+
+
+def test_prompt_starts_from_ids_and_hides_itself():
+    live = prompted("llama", ids=[7, 9])
+    table = base("llama").get_input_embeddings().weight
+    close(reference=table[[7, 9, 7, 9, 7]].detach(), result=prompt_of(live), drift=0.0)
+    ids = example("llama")["input_ids"]
+    behind = torch.cat([torch.tensor([[7, 9, 7, 9, 7]]).expand(2, -1), ids], 1)
+    wanted, found = base("llama")(behind, output_hidden_states=True), live(input_ids=ids, output_hidden_states=True)
+    close(reference=wanted.logits[:, PLACES:], result=found.logits, drift=EXACT)
+    for theirs, mine in zip(wanted.hidden_states, found.hidden_states, strict=True):
+        close(reference=theirs[:, PLACES:], result=mine, drift=EXACT)
+    rejects(reference=wanted.logits[:, :-PLACES], result=found.logits, drift=EXACT)
+
+
+def test_prompt_saved_and_exported(tmp_path):
+    model = build("llama")
+    live = rewrite(model, {"passes": [{"pass": "prompt_tuning", "length": PLACES}, {"pass": "lora", "where": "linear", "rank": 4}]})
+    again = load(model, save(live, tmp_path / "saved"))
+    inputs = example("llama")
+    close(reference=live(**inputs).logits, result=again(**inputs).logits, drift=0.0)
+    rejects(reference=live(**inputs).logits, result=model(**inputs).logits, drift=rounding(torch.float32))
+    for variant in ("forward", "first", "past"):  # each compared in ONNX Runtime
+        assert export_onnx(live, tmp_path / f"{variant}.onnx", variant).error is not None

@@ -13,6 +13,23 @@ from ..errors import Refused
 from .leaves import FullLayer
 
 
+class PromptedLayer(DynamicLayer):
+    """A layer that holds `front` places of a prompt before those of the caller's tokens, of which alone it tells."""
+
+    def __init__(self, front):
+        super().__init__()
+        self.front = front
+
+    def get_seq_length(self):
+        return self.keys.shape[-2] - self.front if self.is_initialized else 0
+
+    def crop(self, max_length):
+        length = self.get_seq_length()
+        kept = max_length if max_length >= 0 else length + max_length
+        if kept < length:
+            self.keys, self.values = self.keys[..., : kept + self.front, :], self.values[..., : kept + self.front, :]
+
+
 @dataclass(frozen=True)
 class Layers:
     """What one cache's layers look like: (heads, key dim, value dim) each; `length` is the symbol or number of their places."""
@@ -22,8 +39,11 @@ class Layers:
     length: str | int
     dtype: torch.dtype
 
-    def take(self, cache, sizes, what):
-        """The tensors of a filled cache, layer by layer; None if it holds nothing. Enters its length into `sizes`."""
+    def take(self, cache, sizes, what, front=0):
+        """The tensors of a filled cache, layer by layer; None if it holds nothing. Enters its length into `sizes`.
+
+        front: how many places of a prompt must stand before the caller's tokens.
+        """
         found = cache.layers
         if not found or not _holds(found[0]):
             return None
@@ -33,7 +53,9 @@ class Layers:
         tensors = []
         for index, (heads, key_dim, value_dim) in enumerate(self.shapes):
             layer = found[index]
-            if type(layer) not in (DynamicLayer, FullLayer):
+            if front != getattr(layer, "front", 0):
+                raise Refused(f"{what}: past_key_values, layer {index}, was filled by a model with {getattr(layer, 'front', 0)} tokens in front, this one has {front}. Start from an empty cache.")
+            if type(layer) not in (DynamicLayer, FullLayer, PromptedLayer):
                 _refuse_layer(layer, index, what)
             keys, values = layer.keys, layer.values
             if keys is None or keys.shape[1:] != (heads, length, key_dim) or values.shape[1:] != (heads, length, value_dim):
@@ -121,8 +143,16 @@ def is_filled(cache):
     return isinstance(cache, EncoderDecoderCache) and len(cache.cross_attention_cache.layers) > 0 and _holds(cache.cross_attention_cache.layers[0])
 
 
-def store(cache, tree, flat, start):
-    """Bring the cache up to date from a graph's outputs (its `tree`, leaves from `start` on): keys and values as they now are."""
+def holds(cache):
+    """Whether a cache holds keys and values."""
+    return cache is not None and len(cache.layers) > 0 and _holds(cache.layers[0])
+
+
+def store(cache, tree, flat, start, front=0):
+    """Bring the cache up to date from a graph's outputs (its `tree`, leaves from `start` on): keys and values as they now are.
+
+    front: how many of their places are a prompt's.
+    """
     if tree.kind == "caches":
         start = store(cache.self_attention_cache, tree.children[0], flat, start)
         before = start
@@ -137,6 +167,8 @@ def store(cache, tree, flat, start):
             continue  # a layer that was handed through
         while index >= len(layers):
             layers.append(DynamicLayer())
+        if front and type(layers[index]) is not PromptedLayer:
+            layers[index] = PromptedLayer(front)
         _fill(layers[index], flat[start], flat[start + 1])
         start += 2
     return start

@@ -22,7 +22,7 @@ from ..errors import Refused
 from ..graph import attribute
 from .hidden import HiddenStates
 from .leaves import Tree, leaves, rebuild
-from .slots import CACHE, Check, Slot, checks_of, slots_of
+from .slots import CACHE, Check, Slot, checks_of, resized, slots_of
 from .variants import Variant, is_hugging_face, variants
 
 __all__ = ["Call", "Signature", "Variant", "leaves", "rebuild", "sign", "variants"]
@@ -120,7 +120,10 @@ class Entry:
 
 @dataclass(eq=False)
 class Signature:
-    """The calls of one module (the whole model, or its encoder) and the graphs that serve them. Made by `sign`."""
+    """The calls of one module (the whole model, or its encoder) and the graphs that serve them. Made by `sign`.
+
+    front: how many tokens passes have put in front of the caller's, which its cache holds as well; cut: the outputs that they are cut from.
+    """
 
     what: str
     names: tuple[str, ...]
@@ -137,6 +140,8 @@ class Signature:
     hidden: HiddenStates
     ignored: tuple[str, ...]
     added: tuple[str, ...] = ()
+    front: int = 0
+    cut: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model, graphs, variants, trees, owner=""):
@@ -174,10 +179,28 @@ class Signature:
     def grown(self, name, added=None, graph=None, symbol=None):
         """The same with an input of a pass's own (`added`, an Input), which the graph of that name reads, if any: its batch is the size `symbol`."""
         entries, first = dict(self.entries), next(iter(self.entries))
-        for key in (graph, "unlabelled") if graph == first else (graph,):
+        for key in (graph, "unlabelled", "whole") if graph == first else (graph,):
             if key in entries:
                 entries[key] = entries[key].grown(name, added, symbol)
         return replace(self, entries=entries, added=tuple(dict.fromkeys((*self.added, name))))
+
+    def parted(self, name, new):
+        """The same calls, one of them under a new name too."""
+        return replace(self, entries=self.entries | {new: replace(self.entries[name], name=new)})
+
+    def lengthened(self, graphs, cut):
+        """The same calls of graphs (by name) in which tokens stand in front; they are cut from the outputs named."""
+        entries = {}
+        for name, entry in self.entries.items():
+            graph = graphs.get(name)
+            if graph is not None:
+                entries[name] = replace(entry, slots=resized(entry.slots, graph), checks=checks_of(graph, entry.words))
+        main = next(iter(entries.values()))
+        if "unlabelled" in self.entries:
+            entries["unlabelled"] = main.unlabelled()
+        if cut and self.loss is not None:
+            entries["whole"] = replace(main, name="whole")
+        return replace(self, entries=entries, front=graphs[main.name].front if self.encoder is None else 0, cut=cut)
 
     # ---- in
 
@@ -241,6 +264,8 @@ class Signature:
         """The graph that serves this call; runs the encoder's where its outputs are needed and were not handed over."""
         labelled = any(given.get(name) is not None for name in self.labels)
         main = next(iter(self.entries.values())) if labelled or "unlabelled" not in self.entries else self.entries["unlabelled"]
+        if labelled and "whole" in self.entries:
+            main = self.entries["whole"]
         if not self.caching:
             return main
         cache, wanted = given.get(CACHE), given.get("use_cache")
@@ -263,7 +288,9 @@ class Signature:
                 f"Leave out the cache, or {self.labels[0]}."
             )
         if "past" in self.entries:
-            return self.entries["past"]
+            if labelled and self.front:
+                raise Refused(f"{self.what}: {self.labels[0]} together with a cache, which a prompt in front does not go with.\nLeave out the cache, or {self.labels[0]}.")
+            return self.entries["first" if "first" in self.entries and not caches.holds(cache) else "past"]
         if given.get("encoder_outputs") is None:
             kept = {name: given[name] for name in self.encodes if given.get(name) is not None}
             with contextlib.nullcontext() if watched is None else self.hidden.watching(live, watched):
@@ -312,7 +339,7 @@ class Signature:
     def _cached(self, live, entry, cache, values, sizes):
         """The leaves of the cache in the order of the graph; layers of length 0 where it is empty."""
         own, cross = (cache, None) if entry.cross is None else (cache.self_attention_cache, cache.cross_attention_cache)
-        found = [] if entry.own is None else entry.own.take(own, sizes, self.what)
+        found = [] if entry.own is None else entry.own.take(own, sizes, self.what, self.front)
         if found is None:
             found = entry.own.empty(live, values[0].device, sizes)
         if cross is not None:
@@ -337,7 +364,7 @@ class Signature:
             if tree.kind == "tensor":
                 fields[name] = flat[start]
             elif name == CACHE:
-                caches.store(call.cache, tree, flat, start)
+                caches.store(call.cache, tree, flat, start, self.front)
                 fields[name] = call.cache
             else:
                 fields[name] = rebuild(tree, flat[start:end], handed)
@@ -348,8 +375,11 @@ class Signature:
             fields["logits"] = self._kept(fields["logits"], keep)
         if self.loss is not None and labelled:
             fields["loss"] = self._lose(live, given, fields)
+        if call.name == "whole":
+            fields.update({name: fields[name][:, self.front :] for name in self.cut})
         if call.watched is not None:
-            fields.update(self.hidden.collect(live, call.watched))
+            states = self.hidden.collect(live, call.watched)
+            fields.update({name: tuple(state[:, self.front :] for state in every) for name, every in states.items()} if self.cut else states)
         output = entry.tree.cls(**fields)
         tuples = given.get("return_dict")
         if tuples is None:
@@ -358,6 +388,8 @@ class Signature:
 
     def _lose(self, live, given, fields):
         """The loss as the model itself comes to it, with what the caller adds (`num_items_in_batch`)."""
+        if self.front and self.cut:
+            given = given | {name: torch.cat([given[name].new_full((given[name].shape[0], self.front), -100), given[name]], 1) for name in (*self.labels, "shift_labels") if given.get(name) is not None}
         places = {"output": fields, "label": given}
 
         def read(reference):

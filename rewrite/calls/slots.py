@@ -1,7 +1,7 @@
 """The inputs of one graph, each with what it must look like and what leaving it out means, and the conditions on their sizes."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import sympy
 import torch
@@ -62,8 +62,9 @@ class Slot:
 
     name: the argument it comes from; path: the way to it inside a nested argument, as (key, index) pairs. sizes: (dimension, number
     or symbol) of its shape; derived: (dimension, Formula) where a dimension follows from others. words: symbol → "batch", "length", ….
-    default: "ones", "zeros", "positions" (from `start` on), a number, or None where it must be given, "label" where a loss asks for it.
-    unused: the graph never reads it, so nothing is asked of it. values: the integers that it may hold; looked at where that waits for no device.
+    default: "ones", "zeros", "positions" (from `start` on, of which `front` places are no tokens of the caller's), a number, or None where it
+    must be given, "label" where a loss asks for it. unused: the graph never reads it, so nothing is asked of it. values: the integers that it
+    may hold; looked at where that waits for no device.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Slot:
     start: str | None = None
     unused: bool = False
     values: range | None = None
+    front: int = 0
 
     def take(self, given):
         """The tensor among the arguments given, or None."""
@@ -144,7 +146,7 @@ class Slot:
         for dim, formula in self.derived:
             shape[dim] = formula.of(sizes)
         if self.default == "positions":
-            start = sizes[self.start] if self.start is not None else 0
+            start = sizes[self.start] - self.front if self.start is not None else 0
             return torch.arange(start, start + shape[-1], device=device).expand(shape)
         filling = {"ones": 1, "zeros": 0, "label": 0}.get(self.default, self.default)
         return torch.full(shape, filling, dtype=self.dtype, device=device)
@@ -200,23 +202,15 @@ def slots_of(graph, variant):
                 found.append(Slot(CACHE, torch.float32, (), 0))
             continue
         value = node.meta["val"]
-        sizes, derived = [], []
-        for dim, size in enumerate(value.shape):
-            size = expression(size)
-            if isinstance(size, int):
-                sizes.append((dim, size))
-            elif size.is_Symbol:
-                sizes.append((dim, str(size)))
-            else:
-                derived.append((dim, Formula.over(size)))
+        sizes, derived = _sizes(value)
         found.append(
             Slot(
                 root,
                 value.dtype,
-                tuple(sizes),
+                sizes,
                 value.dim(),
                 path,
-                tuple(derived),
+                derived,
                 words,
                 variant.defaults.get(name) or ("label" if name in variant.labels else None),
                 start,
@@ -224,6 +218,33 @@ def slots_of(graph, variant):
             )
         )
     return tuple(found), cache, words
+
+
+def _sizes(value):
+    """(dimension, number or symbol) of a fake value's shape, and (dimension, Formula) where a dimension follows from others."""
+    sizes, derived = [], []
+    for dim, size in enumerate(value.shape):
+        size = expression(size)
+        if isinstance(size, int):
+            sizes.append((dim, size))
+        elif size.is_Symbol:
+            sizes.append((dim, str(size)))
+        else:
+            derived.append((dim, Formula.over(size)))
+    return tuple(sizes), tuple(derived)
+
+
+def resized(slots, graph):
+    """The slots of a graph whose inputs have other sizes by now."""
+    values = {name: node.meta["val"] for name, node in zip(graph.inputs, graph.placeholders)}
+    found = []
+    for slot in slots:
+        if slot.name in values and not slot.path:
+            sizes, derived = _sizes(values[slot.name])
+            behind = graph.front if slot.default == "positions" and graph.name == "past" else 0
+            slot = replace(slot, sizes=sizes, derived=derived, front=behind)
+        found.append(slot)
+    return tuple(found)
 
 
 def checks_of(graph, words):

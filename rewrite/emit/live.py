@@ -18,6 +18,7 @@ from torch import nn
 
 from ..errors import Refused
 from ..graph import attribute
+from ..prompts import whole
 from .outline import Piece, outline
 from .source import block_source, top_source
 from .unlabelled import unlabelled
@@ -47,6 +48,8 @@ def make_live(graph):
     printed = graph.all()
     if (plain := unlabelled(graph)) is not None:
         printed.append(plain)
+    if (full := whole(graph)) is not None:
+        printed.append(full)
     cuts = {variant.name: outline(variant) for variant in printed}
     bodies, names = {}, {}  # block path -> {text: body name}; piece -> its body name, or None for the block's first
     for name, cut in cuts.items():

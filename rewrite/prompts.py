@@ -1,0 +1,228 @@
+"""Tokens in front of the model's own, and what follows them.
+
+    y = embedding(w, ids)   -->   y = [prompt; embedding(w, ids)]
+
+Every input that is as long as the ids is lengthened at the top of the graph, so that the model's own code sees a longer text: a mask by ones,
+positions by those in front, token types by zeros, labels by what a loss ignores. What comes out is cut again. A graph behind a cache or behind
+an encoder finds the tokens there already: only its masks and positions are lengthened. A decoder's first call, with an empty cache, is a graph
+of its own ("first").
+"""
+
+import sympy
+import torch
+
+from . import graph as g
+from .errors import Refused
+from .lengthen import paste
+
+CACHE = "past_key_values"
+_SLICE, _END = torch.ops.aten.slice.Tensor, 9223372036854775807
+IGNORED = -100
+
+
+def split(graph):
+    """Give a decoder's first call, behind an empty cache, a graph of its own."""
+    past = graph.variants.get("past")
+    if past is None or "first" in graph.variants:
+        return
+    graph.variants["first"] = past.twin(graph.root, name="first")
+    signature = graph.signature.parted("past", "first")
+    for part in graph.all():
+        if part.owner == graph.owner:
+            part.signature = signature
+
+
+def insert(edit, site, paths):
+    """The output of an embedding with the tokens of a pass in front, and every input of the graph as much longer."""
+    graph, place = edit.graph, f"{edit.kind} at {site.path}"
+    if graph.name == "past" and "first" in edit.graphs[0].variants:
+        return  # `follow` sees to it
+    if graph.front:
+        raise Refused(f'{place}: tokens stand in front of the model\'s own already. One prompt is put in front of one embedding; narrow "where" to it, or give one prompt the length of both.')
+    current, new, own = edit.make(site, "output", paths)
+    symbol, places = _growth(current, new, place)
+    if any(n.op != "get_attr" and n not in own and n is not current for node in own for n in node.all_input_nodes):
+        raise Refused(f"{place}: what stands in front may be made of new tensors and the embeddings alone.")
+    before, tokens = list(graph.nodes), current.meta["val"]
+    _lengthen(edit, site, symbol, places, place)
+    with graph.fx.inserting_after(current):
+        kept = graph.fx.call_function(_SLICE, (current, 1, places, _END))
+    kept.meta = {**new.meta, "val": tokens, "front": places}
+    edit.by_name[kept.name] = kept
+    for node in own:
+        node.replace_input_with(current, kept)
+    edit._replace(site, "y", current, new, own | {kept})
+    for node in before:
+        if node not in own and node.op not in ("placeholder", "get_attr"):
+            node.meta["val"] = _resized(node.meta.get("val"), {symbol: symbol + places}, edit.fake_mode)
+    if not graph.owner and not getattr(graph.signature, "encoder", None):  # what an encoder gives is for its decoder, which reads the prompt too
+        _cut(edit, site, symbol, places, place)
+    graph.checks = tuple(g.Check(check.condition.xreplace({symbol: symbol + places}), check.where) for check in graph.checks)
+    graph.front = places
+
+
+def _growth(current, new, place):
+    """(the symbol of the tokens' length, how many are put in front)."""
+    before, after = g.shape(current), g.shape(new)
+    if len(before) != 3 or not getattr(before[1], "is_Symbol", False):
+        raise Refused(f"{place}: its output is {before}; tokens are put in front of (batch, length, features) of any length.")
+    places = after[1] - before[1] if len(after) == 3 else 0
+    if (after[0], after[2]) != (before[0], before[2]) or not getattr(places, "is_Integer", False) or places <= 0:
+        raise Refused(f"{place}: output() gives {after} for {before}; it must put tokens in front.")
+    return before[1], int(places)
+
+
+def _lengthen(edit, site, symbol, places, place):
+    graph, kinds = edit.graph, _kinds(edit.graph)
+    ids = _root(site.handles["ids"], place)
+    for name, node in zip(graph.inputs, graph.placeholders):
+        axes = [axis for axis, size in enumerate(g.shape(node)) if not isinstance(size, int) and symbol in size.free_symbols]
+        users = list(node.users)
+        if not axes or not users:
+            continue
+        kind = "ids" if node is ids else kinds.get(name)
+        if axes != [1] or node.meta["val"].dim() != 2 or kind is None:
+            raise Refused(f"{place}: the input {name!r} is as long as the tokens, and it is not known what it says of tokens put in front.")
+        fill = {"ones": 1, "label": IGNORED, "ids": _plain_id(graph)}.get(kind, 0)
+        _use(edit, site.path, node, users, _positions(places) if kind == "positions" else _filled(places, fill), (kind, places, fill), place)
+
+
+def _root(ids, place):
+    while ids.op != "placeholder":
+        if not ids.all_input_nodes:
+            raise Refused(f"{place}: its ids come from no input.")
+        ids = ids.all_input_nodes[0]
+    return ids
+
+
+def _filled(places, fill):
+    return lambda value: torch.cat([value.new_full((value.shape[0], places), fill), value], 1)
+
+
+def _positions(places):
+    return lambda value: torch.cat([torch.arange(places, device=value.device).to(value.dtype).expand(value.shape[0], -1), value + places], 1)
+
+
+def _use(edit, path, node, users, function, what, place):
+    """Let the users of an input read what a function makes of it."""
+    new = paste(edit, node, ("input", node.name, what), function, [node], ("", path), place)
+    node.meta["live"] = new.name
+    for user in users:
+        user.replace_input_with(node, new)
+
+
+def _plain_id(graph):
+    """An id that says nothing of its own: neither padding, nor begin, nor end."""
+    config = getattr(graph.root, "config", None)
+    special = [getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "sep", "cls", "mask")]
+    special = {i for entry in special for i in (entry if isinstance(entry, (list, tuple)) else [entry])}
+    return next(number for number in range(len(special) + 1) if number not in special)
+
+
+def _kinds(graph):
+    """Name of an input → what leaving it out means, as the signature has it."""
+    entry = getattr(graph.signature, "entries", {}).get(graph.name)
+    return {slot.name: slot.default for slot in entry.slots if not slot.path} if entry is not None else {}
+
+
+def _cut(edit, site, symbol, places, place):
+    """What comes out as long as the tokens, without those in front; a cache keeps them."""
+    graph, output = edit.graph, edit.graph.fx.output_node()
+    [returned], found = output.args, []
+    for name, out in zip(graph.outputs, returned):
+        value = out.meta.get("val") if isinstance(out, torch.fx.Node) else None
+        axes = [axis for axis, size in enumerate(g.shape(out)) if not isinstance(size, int) and symbol in size.free_symbols] if isinstance(value, torch.Tensor) else []
+        if axes and not name.startswith(CACHE):
+            if axes != [1] or g.shape(out)[1] != symbol + places:
+                raise Refused(f"{place}: the output {name!r} is {g.shape(out)}, and it is not known where in it the tokens put in front are.")
+            with graph.fx.inserting_before(output):
+                cut = graph.fx.call_function(_SLICE, (out, 1, places, _END))
+            cut.meta = {"path": "", "made": edit.kind, "role": f"made.{edit.kind}", "site": site.path, "cut": places}
+            cut.meta["val"] = _resized(value, {symbol: symbol - places}, edit.fake_mode)
+            edit.by_name[cut.name] = cut
+            out = cut
+        found.append(out)
+    output.args = (tuple(found),)
+
+
+def follow(edits):
+    """The other calls of a model whose tokens have become longer: those behind its cache or its encoder. Then every call's signature."""
+    main, places = edits[0].graph, max(edit.graph.front for edit in edits)
+    for edit in edits:
+        graph = edit.graph
+        if graph.front or graph.is_inner:
+            continue
+        state = f"{CACHE}." if graph.name == "past" else "encoder_outputs."
+        axis = 2 if graph.name == "past" else 1
+        node = next((node for name, node in zip(graph.inputs, graph.placeholders) if name.startswith(state)), None)
+        if node is not None:
+            _behind(edit, g.shape(node)[axis], places)
+            graph.front = places
+    graphs = {graph.name: graph for graph in main.all()}
+    for owner in {graph.owner for graph in main.all()}:
+        parts = [graph for graph in main.all() if graph.owner == owner]
+        if hasattr(parts[0].signature, "lengthened"):
+            signature = parts[0].signature.lengthened(graphs, _cut_names(parts[0]))
+            for part in parts:
+                part.signature = signature
+
+
+def _cut_names(graph):
+    [returned] = graph.fx.output_node().args
+    return tuple(name for name, out in zip(graph.outputs, returned) if isinstance(out, torch.fx.Node) and "cut" in out.meta)
+
+
+def _behind(edit, length, places):
+    """A graph whose cache or encoder's outputs, `length` long, hold the tokens in front: the caller's masks and positions do not."""
+    graph, place = edit.graph, f"{edit.kind}: the graph {edit.graph.name!r}"
+    for name, node in zip(graph.inputs, graph.placeholders):
+        kind, users = _kinds(graph).get(name), list(node.users)
+        if name.startswith((f"{CACHE}.", "encoder_outputs.")) or kind not in ("ones", "positions") or not users:
+            continue
+        if kind == "positions" and graph.name == "past":
+            _use(edit, "", node, users, lambda value: value + places, ("behind", places), place)
+        elif kind == "ones" and any(not isinstance(size, int) and length in size.free_symbols for size in g.shape(node)):
+            before = set(graph.nodes) - {node}
+            _use(edit, "", node, users, _filled(places, 1), ("ones", places), place)
+            for made in graph.nodes:
+                if made not in before:
+                    made.meta["val"] = _resized(made.meta.get("val"), {length: length - places}, edit.fake_mode)
+    graph.checks = (*graph.checks, g.Check(sympy.Ge(length, places), ""))
+
+
+def whole(graph):
+    """A copy of a graph that gives what the tokens in front give too, for a loss that is made of it; None where nothing was cut."""
+    [returned] = graph.fx.output_node().args
+    if not _cut_names(graph) or getattr(graph.signature, "loss", None) is None:
+        return None
+    twin = graph.twin(graph.root, name="whole")
+    output = twin.fx.output_node()
+    [returned] = output.args
+    output.args = (tuple(out.args[0] if isinstance(out, torch.fx.Node) and "cut" in out.meta else out for out in returned),)
+    for node in returned:
+        if isinstance(node, torch.fx.Node) and "cut" in node.meta and not node.users:
+            twin.fx.erase_node(node)
+    return twin
+
+
+def _resized(value, changes, mode):
+    """A fake value at other sizes: each symbol replaced."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(_resized(v, changes, mode) for v in value)
+    if isinstance(value, torch.SymInt):
+        return _size(value.node.expr.xreplace(changes), mode)
+    if not isinstance(value, torch.Tensor):
+        return value
+    shape = [g.expression(size) for size in value.shape]
+    strides = [g.expression(size) for size in value.stride()]
+    if not any(isinstance(size, sympy.Basic) and size.free_symbols & changes.keys() for size in (*shape, *strides)):
+        return value
+    change = lambda size: _size(size.xreplace(changes), mode) if isinstance(size, sympy.Basic) else size  # noqa: E731
+    with mode:
+        return torch.empty_strided([change(size) for size in shape], [change(size) for size in strides], dtype=value.dtype, device=value.device)
+
+
+def _size(expr, mode):
+    env = mode.shape_env
+    hints = getattr(env, "backed_var_to_val", None)
+    return env.create_symintnode(expr, hint=int(expr.xreplace(env.var_to_val if hints is None else hints)))
