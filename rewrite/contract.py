@@ -23,7 +23,7 @@ they need:
     positions               the value by which the model counts its tokens, where there is one
     <name>                  a new tensor of `params` or `shared`, or an input of `inputs`
 
-`derive` and `measure` ask for `w`, `b`, facts and the frozen tensors of `params`. `derive` gives what follows from the base: under `w` or `b` the base
+`derive` asks for `w`, `b`, facts and the frozen tensors of `params`, `measure` for all of these and for what `derive` gives. `derive` gives what follows from the base: under `w` or `b` the base
 tensor's new value on this live model, under another name a new frozen tensor. It is not saved but made anew on load, and compared bit for bit.
 
 A noun names the value that it replaces: `input` x, `weight` w, `bias` b, `output` y, `query` q, `key` k, `value` v, `branch`, `stream`. A noun

@@ -283,7 +283,7 @@ class Edit:
         if self.carried is not None:
             self._carry(site, paths, last)
         let_go(self, site)
-        fed = {*wants(options.derive), *wants(options.measure)}
+        fed = set(wants(options.derive))
         for name, path in own.items():
             if name in fed:
                 self.report.feeds.add(path)

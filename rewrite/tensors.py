@@ -87,7 +87,7 @@ class NewTensors:
         """What follows from the base: base tensors get their new values, new tensors are installed (name → path), figures go to the report."""
         options, place, report = self.step.options, f"{self.kind} at {site.path}: derive()", self.edit.report
         asked, known = dict.fromkeys((*wants(options.derive), *wants(options.measure))), {name: _tensor(value) for name, value in new.items()}
-        trained = next((name for name in asked if name in new and not isinstance(new[name], Frozen)), None)
+        trained = next((name for name in wants(options.derive) if name in new and not isinstance(new[name], Frozen)), None)
         if trained is not None:
             raise Refused(f"{place} asks for {trained!r}, which trains: what follows from it would be another thing then. Give a frozen copy of its start in `params`.")
         given = {name: known[name] if name in known else self.edit.value(site, name) for name in asked if name in known or name in (*REPLACES.values(), *FACTS)}
@@ -180,7 +180,7 @@ class NewTensors:
     def _checked(self, new, place, handles=()):
         """The answer of a pass, name → new tensor; Refused in words for anything else."""
         options, nouns = self.step.options, self.step.options.bodies()
-        asked = {name for noun in nouns for name in wants(getattr(options, noun))} | {*wants(options.derive), *wants(options.measure), *handles}
+        asked = {name for noun in nouns for name in wants(getattr(options, noun))} | {*wants(options.derive), *handles}
         if not isinstance(new, dict):
             raise Refused(f"{place} must return a dict of names and tensors, not {type(new).__name__}.")
         for name, value in new.items():

@@ -301,3 +301,35 @@ def capture_anew(model, example):
     from rewrite import capture
 
     return capture(model, example)
+
+
+# ---- loftq ---------------------------------------------------------------------------------------------------------------
+
+
+def test_loftq_leaves_less_than_quantising_round_by_round():
+    left = [max(f["rms error"] for f in gated([{"pass": "loftq", "where": "mlp.up", "rank": 4, "rounds": rounds}]).report.figures["passes[0]"].values()) for rounds in (1, 3, 8)]
+    plain = max(f["rms error"] for f in gated([{**NF4, "where": "mlp.up"}]).report.figures["passes[0]"].values())
+    assert left[2] < left[1] < left[0] < plain
+
+
+def test_loftq_is_the_paper_s_alternation():
+    """Written anew: Q = q(W - AB), AB = the best rank-r fit of W - Q, rounds times."""
+    live, path = gated([{"pass": "loftq", "where": "mlp.up", "rank": 4, "rounds": 3}]), "model.layers.0.mlp.up_proj"
+    w = model_of("gated").get_parameter(f"{path}.weight").detach()
+    fit = torch.zeros_like(w)
+    for _ in range(3):
+        codes = dequant_nf4.quantize(w - fit)
+        rest = (w - dequant_nf4.launch(*codes, list(w.shape), torch.float32)).double()
+        u, s, vh = torch.linalg.svd(rest, full_matrices=False)
+        before, fit = fit, ((u[:, :4] * s[:4]) @ vh[:4]).float()
+    part = {name: tensor_of(live, f"{path}.loftq.default.{name}").detach() for name in ("down", "up", "codes", "scales", "nested")}
+    numbers = dequant_nf4.launch(part["codes"], part["scales"], part["nested"], list(w.shape), torch.float32)
+    close(reference=dequant_nf4.launch(*codes, list(w.shape), torch.float32), result=numbers, drift=rounding(torch.float32))
+    close(reference=fit, result=4.0 * part["up"] @ part["down"], drift=rounding(torch.float32))
+    rejects(reference=before, result=4.0 * part["up"] @ part["down"], drift=rounding(torch.float32))
+
+
+def test_loftq_comes_back_from_disk(tmp_path):
+    live = wake(gated([{"pass": "loftq", "where": "linear", "rank": 4, "rounds": 2}]), size=0.05)
+    folder = save(live, tmp_path / "x")
+    close(reference=TOYS["gated"].output(live), result=TOYS["gated"].output(load(model_of("gated"), folder)), drift=0.0)
