@@ -4,6 +4,8 @@ The added nodes of one op are cut out with the op as a function of x, run in flo
 give the weight that stands for all of them. Nothing is declared by a pass; a gate, an activation, another input, and it does not fold.
 """
 
+import hashlib
+
 import torch
 from torch import fx, nn
 
@@ -111,7 +113,7 @@ class _Region:
         value = g.attribute(self.edit.graph.root, path)
         if not isinstance(value, torch.Tensor):
             return False  # a training flag
-        generator = torch.Generator().manual_seed(len(path))
+        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(path.encode(), digest_size=7).digest(), "little"))
         return torch.randn(value.shape, generator=generator, dtype=torch.float64) if path in self.edit.made or value.is_meta else value.detach().double().cpu()
 
     def _is_affine(self):
@@ -127,9 +129,8 @@ class _Region:
         generator = torch.Generator().manual_seed(0)
         a, b = (torch.randn(x.shape, generator=generator, dtype=torch.float64) for _ in range(2))
         f = lambda v: self.run(v, tensors, extras)  # noqa: E731
-        left, right = f(a + b) + f(torch.zeros_like(a)), f(a) + f(b)
-        rms = right.square().mean().sqrt()
-        return bool((left - right).abs().max() <= ROUNDING * rms * x.shape[-1])
+        # small values too: a softmax or a sigmoid that large ones have filled up stands still, and looks affine
+        return all(_adds_up(f, scale * a, scale * b) for scale in (1.0, 0.01))
 
     def _inputs(self, weight):
         """The identity on which the weight is read: rows for each input feature, a tap each for a convolution, a copy per expert."""
@@ -167,6 +168,12 @@ class _Region:
         if self.operation.kind == "conv":
             return delta.flatten(1).unflatten(0, weight.shape[1:]).movedim(-1, 0), bias.flatten(1)[0]
         return delta.reshape(weight.shape[1], -1).mT, bias.reshape(-1, bias.shape[-1])[0]
+
+
+def _adds_up(f, a, b):
+    """f(a + b) + f(0) = f(a) + f(b), to rounding."""
+    left, right = f(a + b) + f(torch.zeros_like(a)), f(a) + f(b)
+    return bool((left - right).abs().max() <= ROUNDING * right.square().mean().sqrt() * a.shape[-1])
 
 
 def _original(node, results):

@@ -240,11 +240,18 @@ def _values(part, schema, usual):
     return st.just(usual)
 
 
+CLASSES = {name: pass_of(importlib.import_module(f"rewrite.passes.{name}")) for name in builtin_names()}
+#: passes with sites of their own; those that mix what others make; all that stand by themselves
+WORKING = [name for name, cls in CLASSES.items() if not hasattr(cls, "apply") and not cls.mixes()]
+MIXING = [name for name, cls in CLASSES.items() if cls.mixes()]
+ALONE = [name for name in CLASSES if name not in MIXING]
+
+
 @st.composite
-def steps(draw, names, roles):
-    """A step of a spec: a pass of `names` on its own example's sites or on some of `roles`, its options drawn. A list: what it wants before it stands first."""
+def steps(draw, names, roles, number, where=None):
+    """Steps of a spec: what a pass of `names` wants before it and the pass itself, at its own example's sites, at some of `roles` or at `where`, its options drawn."""
     name = draw(st.sampled_from(names))
-    cls = pass_of(importlib.import_module(f"rewrite.passes.{name}"))
+    cls = CLASSES[name]
     step, schema = {"pass": name, **cls.example}, options_schema(cls)
     for field in dataclasses.fields(cls):
         part = schema["properties"][field.name]
@@ -252,14 +259,27 @@ def steps(draw, names, roles):
         if draw(st.booleans()):
             step[field.name] = draw(_values(part, schema, usual))
     if "where" in common(cls):
-        own = draw(st.booleans()) and (cls.role or "where" in cls.example)
-        step |= {} if own else {"where": draw(st.sampled_from(roles))}
-        if not own and draw(st.booleans()):
+        own = draw(st.booleans()) and (cls.role or "where" in cls.example) and where is None
+        step |= {} if own else {"where": where or draw(st.sampled_from(roles))}
+        if not own and where is None and draw(st.booleans()):
             step["where"] = {"role": step["where"], "not": {"path": "blocks.1.**"}}
     if "allow_refusals" in common(cls):
         step |= {"allow_refusals": draw(st.booleans())}
     before = draw(st.sampled_from([list(cls.shown_after), []]))
-    return [*before, step]
+    return [{**one, "name": f"n{number}"} if "name" in common(CLASSES[one["pass"]]) else one for one in [*before, step]]
 
 
-NAMES = builtin_names()
+@st.composite
+def parts(draw, roles, number):
+    """A part of a spec: steps, or steps side by side on the same sites."""
+    form = draw(st.sampled_from(["alone"] * 5 + ["parallel", "choose", "batch"]))
+    if form == "alone":
+        return draw(steps(ALONE, roles, number))
+    where = draw(st.sampled_from(roles))
+    each = [draw(steps(WORKING, roles, f"{number}{letter}", where))[-1] for letter in "ab"]
+    if form == "parallel":
+        return [{"parallel": each}]
+    if form == "batch":
+        return [{"batch": {"one": each[:1], "two": each[1:]}}]
+    by = {key: value for key, value in draw(steps(MIXING, roles, number))[-1].items() if key != "where"}
+    return [{"choose": each, "by": by}]

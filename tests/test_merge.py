@@ -178,6 +178,14 @@ def test_an_activation_does_not_merge():
     assert "model.layers.0.self_attn.o_proj.weight: what was added is not affine in x (an activation" in found and found.endswith("There is nothing to merge.")
 
 
+def test_a_choice_between_alike_ones_does_not_merge():
+    """Two adapters of one shape under names of one length: what stands for their values in the question must differ."""
+    steps = [{"pass": "lora", "where": "head", "rank": 2, "name": name} for name in "ab"]
+    live = wake(rewrite(model_of("gated"), {"passes": [{"choose": steps, "by": {"pass": "adapter_fusion"}}]}))
+    with pytest.raises(Refused, match="not affine in x"):
+        merge(live)
+
+
 def test_partial_merges_the_rest():
     passes = [lora("attention.{q,v}"), {"pass": "adapter", "where": "mlp", "bottleneck": 5}]
     live = adapted("llama", *passes)

@@ -63,6 +63,7 @@ def theirs(family, config):
 
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CUT = {f"model.layers.{i}.self_attn.{name}.lora_E": kept for i in range(2) for name, kept in (("q_proj", [True, False, True, True]), ("v_proj", [False] * 4 if i else [True, False, False, False]))}
 CASES = {
     "lora": ("llama", peft.LoraConfig(r=4, lora_alpha=7, target_modules=LINEARS, lora_dropout=0.1)),
     "lora all-linear, head": ("llama", peft.LoraConfig(r=3, target_modules="all-linear", modules_to_save=["lm_head"])),
@@ -77,6 +78,8 @@ CASES = {
     "lora conv": ("vit", peft.LoraConfig(r=3, target_modules=["projection", "q_proj"])),
     "dora": ("llama", peft.LoraConfig(r=3, target_modules=["q_proj", "down_proj"], use_dora=True)),
     "dora conv": ("vit", peft.LoraConfig(r=3, target_modules=["projection"], use_dora=True)),
+    "adalora": ("llama", peft.AdaLoraConfig(init_r=4, target_r=2, total_step=100, tinit=10, tfinal=10, target_modules=["q_proj", "down_proj"])),
+    "adalora cut": ("llama", peft.AdaLoraConfig(init_r=4, target_r=2, total_step=100, tinit=10, tfinal=10, target_modules=["q_proj", "v_proj"], rank_pattern=CUT)),
     "ia3": ("t5", peft.IA3Config(target_modules=["k", "v", "wo"], feedforward_modules=["wo"])),
     "ia3 every output": ("bert", peft.IA3Config(target_modules=["key", "value", "output.dense"], feedforward_modules=["output.dense"])),
     "vera": ("llama", peft.VeraConfig(r=3, target_modules=["q_proj", "k_proj", "down_proj"])),
@@ -97,8 +100,8 @@ SPECS = {
 def test_there_and_back(case, tmp_path):
     """PEFT's folder, loaded here, trained on both sides, saved here, loaded by PEFT."""
     family, config = CASES[case]
-    wrapped = theirs(family, copy.deepcopy(config))
-    wrapped.save_pretrained(tmp_path / "theirs")
+    theirs(family, copy.deepcopy(config)).save_pretrained(tmp_path / "theirs")
+    wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(base(family)), tmp_path / "theirs", is_trainable=True).double().eval()
     with unchanged(base(family)):
         live = load(base(family), tmp_path / "theirs")
         assert json.dumps(live.spec.to_dict()["passes"]) == SPECS.get(case, json.dumps(live.spec.to_dict()["passes"]))

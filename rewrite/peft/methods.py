@@ -118,6 +118,38 @@ def _vera(config, module, kind):
     return {"rank": config.get("r", 256), "initial": config.get("d_initial", 0.1)}
 
 
+def rank_left(config, module):
+    """How many ranks adalora has left at a module, or None where it has not cut yet."""
+    kept = (config.get("rank_pattern") or {}).get(f"{module}.lora_E")
+    return None if kept is None else sum(bool(k) for k in kept) if isinstance(kept, list) else kept
+
+
+def _adalora(config, module, kind):
+    _none(config, "lora_dropout", "our adalora has no dropout")
+    left, alpha = rank_left(config, module), config.get("lora_alpha", 8)
+    rank = config.get("init_r", 12) if left is None else left
+    if type(rank) is not int or rank < 1 or isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise Refused(f"rank {rank!r} and alpha {alpha!r} at {module} are not a whole number above 0 and a number")
+    alpha = (alpha if alpha > 0 else rank) * rank / (rank + ADALORA_BIT)
+    target = config.get("target_r", 8) if left is None else rank  # what it has cut stays cut
+    return {"rank": rank, "alpha": alpha, "target": target, **{ours: config.get(theirs) for ours, theirs in _ADALORA.items() if config.get(theirs) is not None}}
+
+
+def _adalora_config(options):
+    first, *others = options.values()
+    keys = ("rank", "alpha", "target", *_ADALORA)
+    other = next((key for each in others for key in keys if each[key] != first[key]), None)
+    if other is not None:
+        raise Refused(f"PEFT's adalora has one {other} for all modules")
+    alpha = first["alpha"] * (first["rank"] + ADALORA_BIT) / first["rank"]
+    given = {"init_r": first["rank"], "target_r": first["target"], "lora_alpha": alpha, **{theirs: first[ours] for ours, theirs in _ADALORA.items()}}
+    return {**given, "lora_dropout": 0.0, "fan_in_fan_out": False, "init_lora_weights": True, "rank_pattern": None}
+
+
+def _adalora_laid(name, tensor, weight, options):
+    return tensor.reshape(-1, 1) if name == "scale" else tensor
+
+
 def _ia3(config, module, kind):
     inner = config.get("feedforward_modules") or []
     is_inner = re.fullmatch(inner, module) if isinstance(inner, str) else any(module.endswith(name) for name in inner)
@@ -176,6 +208,10 @@ def _ia3_config(options):
     return {"feedforward_modules": [module for module, each in options.items() if _on_input(each)], "fan_in_fan_out": False, "init_ia3_weights": True}
 
 
+#: options of adalora → PEFT's keys
+_ADALORA = {"steps": "total_step", "warmup": "tinit", "final": "tfinal", "every": "deltaT", "sensitivity": "beta1", "uncertainty": "beta2", "orthogonality": "orth_reg_weight"}
+#: PEFT divides adalora's update by rank + 1e-5
+ADALORA_BIT = 1e-5
 _LORA_KEYS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout", "use_dora", "init_lora_weights", "megatron_core", "qalora_group_size", "runtime_config")
 _PAIR = {"down": "lora_A.weight", "up": "lora_B.weight"}
 
@@ -187,6 +223,7 @@ METHODS = (
     Method("HIRA", "hira", {"down": "hira_A", "up": "hira_B"}, ("r", "rank_pattern", "hira_dropout", "init_weights"), _hira, _hira_config, _hira_laid),
     Method("VERA", "vera", {"scale": "vera_lambda_d", "gain": "vera_lambda_b"}, ("r", "d_initial", "projection_prng_key", "save_projection", "vera_dropout", "init_weights"),
            _vera, _vera_config, _flat, (("down", "vera_A"), ("up", "vera_B"))),
+    Method("ADALORA", "adalora", {"down": "lora_A", "scale": "lora_E", "up": "lora_B"}, (*_LORA_KEYS, "init_r", "target_r", *_ADALORA.values()), _adalora, _adalora_config, _adalora_laid),
     Method("IA3", "ia3", {"gain": "ia3_l"}, ("feedforward_modules", "init_ia3_weights"), _ia3, _ia3_config, _ia3_laid),
 )  # fmt: skip
 #: what PEFT calls lora's tensors on an embedding

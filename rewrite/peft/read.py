@@ -27,7 +27,7 @@ from ..pipeline import rewritten
 from ..roles.find import roles
 from ..roles.where import parse as parse_where
 from ..spec import Spec, read_json
-from .methods import ANY_LAYER, EMBEDDED, PLAIN_STARTS, method_of, plain_pattern
+from .methods import ANY_LAYER, EMBEDDED, PLAIN_STARTS, method_of, plain_pattern, rank_left
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 NAME = "default"
@@ -45,6 +45,8 @@ def read(model, folder, example=None):
         _refuse_keys(config, method)
         own, shared, rest = _sorted(tensors, method, config)
         _refuse_other_modules(model, config, own)
+        if method.kind == "ADALORA":
+            own = {module: found for module, found in own.items() if rank_left(config, module) != 0}
         base, graph = fingerprint(model), capture(model, example)
         found = _Found(graph)
         steps = _steps(config, method, own, found)

@@ -12,7 +12,9 @@ import re
 import safetensors.torch
 from torch import nn
 
+from ..batch import Batch
 from ..errors import Refused
+from ..forms import Form
 from ..graph import attribute
 from .methods import EMBEDDED, METHODS
 from .read import CONFIG, NAME, PREFIX, TENSORS
@@ -44,7 +46,7 @@ def _files(live, changed):
     for ours, theirs in method.shared:
         tensors[f"base_model.{theirs}"] = attribute(live, f"{method.name}.{name}.{ours}").detach()
     trained = sorted(live.report.trains)
-    other = sorted(set(changed) - live.report.made.keys() - live.report.trains)
+    other = sorted(set(changed) - live.report.made.keys() - live.report.trains - set(live.report.memory))
     if other:
         raise Refused(f"{other[0]} differs from the base, and PEFT's folders hold adapters alone")
     for path in trained:
@@ -62,6 +64,8 @@ def _method(live):
     """The one Method of a live model's spec, and the numbers of its steps."""
     known = {method.name: method for method in METHODS}
     for step in live.spec.passes:
+        if isinstance(step, Form | Batch):
+            raise Refused(f"{step.place}: {step} has no counterpart in a folder of PEFT's")
         if step.method not in (*known, *_TRAINING):
             raise Refused(f'{step.place}: "{step.method}" has no counterpart in PEFT. These have: {", ".join(known)}')
     steps = [number for number, step in enumerate(live.spec.passes) if step.method in known]
@@ -112,7 +116,7 @@ def _training(live, trained, modules, method):
     bias = next((word for word, names in sets.items() if names == left), None)
     if bias is None or (left and method.kind != "LORA"):
         raise Refused(f"{min(left)} trains, and PEFT trains whole modules that are not adapted, or with lora all biases, or those of the adapted modules")
-    return {"modules_to_save": whole or None, **({"bias": bias} if method.kind in ("LORA", "VERA") else {})}
+    return {"modules_to_save": whole or None, **({"bias": bias} if method.kind in ("LORA", "VERA", "ADALORA") else {})}
 
 
 def _targets(live, modules):
