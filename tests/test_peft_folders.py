@@ -102,6 +102,8 @@ def test_there_and_back(case, tmp_path):
     family, config = CASES[case]
     theirs(family, copy.deepcopy(config)).save_pretrained(tmp_path / "theirs")
     wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(base(family)), tmp_path / "theirs", is_trainable=True).double().eval()
+    for name, value in wrapped.named_parameters():
+        value.requires_grad_(value.requires_grad and "ranknum" not in name)  # a number of AdaLoRA's that PEFT lets train
     with unchanged(base(family)):
         live = load(base(family), tmp_path / "theirs")
         assert json.dumps(live.spec.to_dict()["passes"]) == SPECS.get(case, json.dumps(live.spec.to_dict()["passes"]))

@@ -130,20 +130,22 @@ def _adalora(config, module, kind):
     rank = config.get("init_r", 12) if left is None else left
     if type(rank) is not int or rank < 1 or isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
         raise Refused(f"rank {rank!r} and alpha {alpha!r} at {module} are not a whole number above 0 and a number")
-    alpha = (alpha if alpha > 0 else rank) * rank / (rank + ADALORA_BIT)
+    alpha = (alpha if alpha > 0 else config["init_r"]) * rank / (config.get("init_r", 12) + ADALORA_BIT)
     target = config.get("target_r", 8) if left is None else rank  # what it has cut stays cut
     return {"rank": rank, "alpha": alpha, "target": target, **{ours: config.get(theirs) for ours, theirs in _ADALORA.items() if config.get(theirs) is not None}}
 
 
 def _adalora_config(options):
     first, *others = options.values()
-    keys = ("rank", "alpha", "target", *_ADALORA)
-    other = next((key for each in others for key in keys if each[key] != first[key]), None)
-    if other is not None:
+    most = max(each["rank"] for each in options.values())
+    alphas = [each["alpha"] * (most + ADALORA_BIT) / each["rank"] for each in options.values()]
+    other = next((key for each in others for key in _ADALORA if each[key] != first[key]), None) or (max(alphas) - min(alphas) > 1e-9 * abs(alphas[0]) and "alpha")
+    if other:
         raise Refused(f"PEFT's adalora has one {other} for all modules")
-    alpha = first["alpha"] * (first["rank"] + ADALORA_BIT) / first["rank"]
-    given = {"init_r": first["rank"], "target_r": first["target"], "lora_alpha": alpha, **{theirs: first[ours] for ours, theirs in _ADALORA.items()}}
-    return {**given, "lora_dropout": 0.0, "fan_in_fan_out": False, "init_lora_weights": True, "rank_pattern": None}
+    kept = {f"{module}.lora_E": [at < each["rank"] for at in range(most)] for module, each in options.items()}
+    given = {"init_r": most, "target_r": min(each["target"] for each in options.values()), "lora_alpha": alphas[0], **{theirs: first[ours] for ours, theirs in _ADALORA.items()}}
+    is_cut = any(each["rank"] != most for each in others + [first])
+    return {**given, "lora_dropout": 0.0, "fan_in_fan_out": False, "init_lora_weights": True, "rank_pattern": kept if is_cut else None}
 
 
 def _adalora_laid(name, tensor, weight, options):
