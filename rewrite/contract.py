@@ -82,7 +82,8 @@ class Pass:
     its nature, and `measure` has figures of it where the pass has any); `example` a step of a spec that shows the pass, `shown_after` the steps that it wants before it, `shown_over` those that a
     mixing pass chooses from; `freezes_choices`: a mixing pass trains alone; `whole` says that it takes the parts of a
     fused projection as one site; `requires(graph)` gives the reason why the graph is not ready for
-    it, or None. `no_grad` names handles that backward must not go beyond: all that they are computed from runs under torch.no_grad.
+    it, or None. `whole_sequence`: it looks at all tokens of a sequence at once, and cannot stand where the model decodes behind a cache.
+    `no_grad` names handles that backward must not go beyond: all that they are computed from runs under torch.no_grad.
     `inputs` (name → `Input`; a property where options decide) are what calls of the model take beside its own. `lengthens` says that
     `output` on `embed` puts tokens in front of the model's own: masks, positions, token types, labels and caches follow, and the caller sees
     none of it. A pass that is not site-shaped defines `apply(self, edit, sites)` instead of nouns. `choices` are the frozen tensors that a
@@ -97,6 +98,7 @@ class Pass:
     shown_over: ClassVar[tuple[dict, ...]] = ()
     freezes_choices: ClassVar[bool] = False
     no_grad: ClassVar[tuple[str, ...]] = ()
+    whole_sequence: ClassVar[bool] = False
     choices: ClassVar[tuple[str, ...]] = ()
     inputs: ClassVar[dict] = {}
     whole: ClassVar[bool] = False

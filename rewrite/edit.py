@@ -182,6 +182,8 @@ class Edit:
         options = self.step.options
         operation, rows = self.operation(site), site.layout.rows
         asked = {name for noun in options.bodies() for name in wants(getattr(options, noun))}
+        if options.whole_sequence and self.caches:
+            return "the pass looks at all tokens of a sequence at once, and this model also decodes token by token behind a cache"
         if {"op", "mix"} & asked:
             if operation is None:
                 return "it has no operation on a weight that can be run again on another one"
