@@ -137,12 +137,12 @@ class Edit:
             return self._part(site, value, self._dim(operation, name))
         if name == "choices":
             target, nodes = next((target, nodes) for (other, target), nodes in self.choices.items() if other is site)
-            return tuple(self._prototype(node, target in site.layout.turned) for node in nodes)
+            return tuple(self._prototype(site, target, node) for node in nodes)
         node = self.sites.positions if name == "positions" else self.outer(site, name) if name in OUTER else site.handles.get(name)
-        return self._prototype(node, name in site.layout.turned) if node is not None else None
+        return self._prototype(site, name, node) if node is not None else None
 
-    def _prototype(self, node, turned=False):
-        """An empty tensor like a node's value; a constant itself."""
+    def _prototype(self, site, name, node):
+        """An empty tensor like the value of a node as a handle of a site (of a fused projection, its rows); a constant itself."""
         if node.op == "get_attr":
             return g.attribute(self.graph.root, node.target).detach()
         fake = node.meta["val"]
@@ -150,7 +150,10 @@ class Edit:
         dtype = self.real_dtype(fake.dtype)
         device = {new: old for old, new in self.devices.items()}.get(fake.device, fake.device)
         value = torch.empty(size, dtype=dtype, device=device)
-        return value.transpose(-1, -2) if turned else value
+        operation, rows = self.operation(site), site.layout.rows
+        if name == "y" and operation is not None and rows is not None and rows.listed is None:
+            return rows.take(value, operation.channel)
+        return value.transpose(-1, -2) if name in site.layout.turned else value
 
     def real_dtype(self, dtype):
         """The dtype that one in the graph stands for."""
