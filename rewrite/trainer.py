@@ -6,8 +6,8 @@ A penalty's gradient is added to the step's once, after clipping and whatever th
 task's alone. A pass with a loss of its own adds to the model's in training mode, where Trainer's inputs are at hand.
 """
 
-import transformers
 import torch
+import transformers
 
 from .errors import Refused
 from .store import unwrapped

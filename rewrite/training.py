@@ -50,6 +50,7 @@ class Training:
         """
         if not forwards:
             raise Refused("training: step() needs at least one function that runs the model: t.step(optimizer, lambda: live(**batch)).")
+        self._refuse_eval()
         self.before_forward()
         own = self._only("step")
         if own is not None:
@@ -62,6 +63,11 @@ class Training:
         self.after_step(optimizer)
         optimizer.zero_grad()
         return value.detach()
+
+    def _refuse_eval(self):
+        chosen = [hooked.step.method for hooked in self.live.report.hooked.values() if hooked.step.options.choices]
+        if chosen and not self.live.training:
+            raise Refused(f"training: {', '.join(chosen)} makes choices for each step, which the model reads in training mode alone, and it is in eval mode. Call live.train() first.")
 
     def loss(self, forward):
         """The loss of one micro-batch: what `forward` returns, or what a pass makes of it."""

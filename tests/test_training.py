@@ -146,6 +146,9 @@ def test_copies_and_merged_models_have_hooks_of_their_own():
     assert not merged.report.hooked and not merged.report.memory and "steps_done" not in merged.state_dict()
     assert not [name for name in merged.state_dict() if "total" in name]
     assert training(merged).done == 0 and len(live.report.hooked) == 2
+    again = tuned({"pass": "told"}, {"pass": "merge"}, {"pass": "told"}, classes=[Told])
+    assert list(again.report.hooked) == ["passes[2]"] and len(again.report.memory) == 3
+    run(again, 1)
 
 
 def test_a_pickled_model_goes_on():
@@ -237,6 +240,9 @@ def test_mistakes_are_told_in_words():
     t = training(live)
     with pytest.raises(Refused, match="at least one function that runs the model"):
         t.step(t.optimizer(torch.optim.SGD, 0.1))
+    with pytest.raises(Refused, match=r"dylora makes choices for each step, .* it is in eval mode. Call live.train\(\) first"):
+        chosen = training(tuned({"pass": "dylora", "where": "attention.q", "rank": 2}).eval())
+        chosen.step(chosen.optimizer(torch.optim.SGD, 0.1), lambda: ours(chosen.live))
     with pytest.raises(Refused, match="no pass of this model has a choice rank. Its passes with hooks: told"):
         t.choose(rank=3)
     with pytest.raises(Refused, match=r"passes\[0\]: told: after_step\(\) asks for 'lr'; it may ask for sites, done, generator, choice"):
