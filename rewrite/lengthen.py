@@ -23,8 +23,9 @@ _TELLING = frozenset({"masked_fill", "masked_fill_", "where"})  # whose other op
 
 
 def in_front(prefix, of):
-    """`prefix` (places, heads, dim) in front of keys or values `of` (batch, heads, length, dim), each head as often as `of` repeats it."""
-    heads = prefix.transpose(0, 1).unsqueeze(1).expand(-1, of.shape[1] // prefix.shape[1], -1, -1).flatten(0, 1)
+    """`prefix` (places, heads, dim), or one for each row, in front of keys or values `of` (batch, heads, length, dim): a head as often as `of` repeats it."""
+    at = prefix.dim() - 3
+    heads = prefix.transpose(at, at + 1).unsqueeze(at + 1).expand(*[-1] * (at + 1), of.shape[1] // prefix.shape[-2], -1, -1).flatten(at, at + 1)
     return torch.cat([heads.to(of.dtype).expand(of.shape[0], -1, -1, -1), of], -2)
 
 

@@ -402,3 +402,38 @@ def test_prompt_saved_and_exported(tmp_path):
     rejects(reference=live(**inputs).logits, result=model(**inputs).logits, drift=rounding(torch.float32))
     for variant in ("forward", "first", "past"):  # each compared in ONNX Runtime
         assert export_onnx(live, tmp_path / f"{variant}.onnx", variant).error is not None
+
+
+def test_apt_weighs_each_place_by_the_first_token():
+    """From the definition: the prefix of each row, weighed by its first token, is a prefix like any other."""
+    model, inputs = base("bert"), example("bert", 3, 9)
+    live = rewrite(model, {"passes": [{"pass": "apt", "length": PLACES}]})
+    for path in live.report.made:
+        nn.init.normal_(live.get_parameter(path))
+    for row in range(3):
+        one = {name: value[row : row + 1] for name, value in inputs.items()}
+        plain = rewrite(model, {"passes": [{"pass": "p_tuning_v2", "length": PLACES}]})
+        for index, (site, _) in enumerate(live.report.applied[0].sites):  # layer by layer: what a block reads depends on the prefixes before it
+            keys, values, gate, layer = (live.get_parameter(f"{site}.apt.default.{name}") for name in ("keys", "values", "gate", "layer"))
+            first = plain(**one, output_hidden_states=True).hidden_states[index][0, 0]
+            weight = layer * torch.sigmoid((gate * first).sum(1))
+            for name, prefix in (("keys", keys), ("values", values)):
+                plain.get_parameter(f"{site}.p_tuning_v2.default.{name}").data.copy_(weight[:, None, None] * prefix)
+        close(reference=plain(**one).logits, result=live(**inputs).logits[row : row + 1], drift=EXACT)
+        rejects(reference=plain(**one).logits, result=live(**inputs).logits[row - 1 : row or None], drift=EXACT)
+    with pytest.raises(Refused, match="decodes token by token behind a cache"):
+        rewrite(base("llama"), {"passes": [{"pass": "apt", "length": 2}]})
+
+
+def test_p_tuning_v2_is_a_flat_prefix():
+    """PEFT's prefix without a network, its places as heads of keys: on BERT, whose head trains with it."""
+    wrapped = peft_prefixed("bert")
+    live = rewrite(base("bert"), {"passes": [{"pass": "p_tuning_v2", "length": PLACES, "shift": True}, {"pass": "unfreeze", "where": "head"}]})
+    paths = [f"{site}.p_tuning_v2.default.{name}" for site, _ in live.report.applied[0].sites for name in ("keys", "values")]
+    for path, theirs in zip(paths, wrapped.prompt_encoder.default.embedding.weight.split(24, 1), strict=True):
+        live.get_parameter(path).data.copy_(theirs.unflatten(1, (4, 6)))
+    inputs = example("bert", 3, 9)
+    close(reference=wrapped(**inputs).logits, result=live(**inputs).logits, drift=EXACT)
+    live.get_parameter(paths[0]).data.neg_()
+    rejects(reference=wrapped(**inputs).logits, result=live(**inputs).logits, drift=EXACT)
+    assert live.get_parameter("classifier.weight").requires_grad
