@@ -3,6 +3,7 @@
 The formulas are written anew, in float64, on the tensors of the live model; each check has a twin that it must reject.
 """
 
+import copy
 from dataclasses import dataclass
 
 import pytest
@@ -12,7 +13,7 @@ from checks import TOYS, captured, close, model_of, rejects, rounding, tensor_of
 from torch import fx
 from torch.nn import functional as F
 
-from rewrite import Pass, Refused, Spec, kept, pipeline, rewrite, roles, show, source
+from rewrite import Pass, Refused, Spec, kept, pipeline, rewrite, roles, show, source, training
 
 EXACT = rounding(torch.float64)
 
@@ -211,8 +212,6 @@ def test_a_tensor_that_trains_below_is_refused():
 
 
 def test_parts_without_gradients_compile_copy_and_train():
-    import copy
-
     live = wake(live_of("gated", {"pass": "tap"}, passes=[Tap]))
     TOYS["gated"].loss(live).backward()
     twin = copy.deepcopy(live)
@@ -239,3 +238,182 @@ def test_lora_fa_keeps_what_its_first_matrix_gives():
     assert any(shape[-1] == width for shape in lora.shapes) and any(shape[-1] == 3 for shape in lora.shapes)
     assert not any(shape[-1] == width for shape in fa.shapes) and any(shape[-1] == 3 for shape in fa.shapes)
     assert fa.bytes < lora.bytes
+
+
+def test_full_training_keeps_more_than_lst_and_lst_only_its_taps():
+    """Nothing of the sub-layers' inner width (56) or of attention waits for backward; of the model's width there is a tap for each block."""
+    full, side = (saved(live_of("gated", step)) for step in ({"pass": "unfreeze", "where": "model"}, {"pass": "lst", "width": 8}))
+    assert any(shape[-1] == 56 for shape in full.shapes) and not any(shape[-1] == 56 for shape in side.shapes)
+    assert not any(len(shape) == 4 for shape in side.shapes)  # queries, keys and values have heads
+    token = 4 * 9 * 24
+    wide = [shape for shape in side.shapes if torch.Size(shape).numel() >= token]
+    assert len(wide) <= 3 + 8  # taps of the embedding and of two blocks; the last norm and the head
+    assert side.bytes < full.bytes / 3
+
+
+def test_checkpointed_blocks_keep_their_inputs_alone():
+    live = live_of("gated", {"pass": "unfreeze", "where": "model"})
+    full = saved(live)
+    live.gradient_checkpointing_enable()
+    few = saved(live)
+    assert few.bytes < full.bytes / 2 and not any(shape[-1] == 56 for shape in few.shapes)
+
+
+# ---- a value from site to site -------------------------------------------------------------------------------------------
+
+
+def by_hand(model, live, ids, forget=False):
+    """LST's logits from the hidden states of the model given, as the paper has them."""
+    hidden, side = [], live.lst.default
+    hooks = [module.register_forward_hook(lambda m, i, o: hidden.append(o[0] if isinstance(o, tuple) else o)) for module in (model.model.embed_tokens, *model.model.layers)]
+    with torch.no_grad():
+        model(ids)
+    for hook in hooks:
+        hook.remove()
+    g = hidden[0] @ side.entry.T
+    for h, layer in zip(hidden[1:], live.model.layers):
+        own = layer.lst.default
+        mu = 1 / (1 + torch.exp(-own.gate / 0.1))
+        z = mu * (h @ own.down.T) + (1 - mu) * (0 if forget else g)
+        normed = (z - z.mean(-1, keepdim=True)) / torch.sqrt(z.var(-1, unbiased=False, keepdim=True) + 1e-5)
+        g = z + F.gelu(normed @ own.inner.T) @ own.outer.T
+    return model.lm_head(model.model.norm(g @ side.up.T))
+
+
+def test_lst_is_the_formula_with_its_gradients():
+    model = copy.deepcopy(model_of("gated")).double()
+    live = wake(live_of("gated", {"pass": "lst", "width": 8}).double())
+    ids = TOYS["gated"].inputs(3, 9)["input_ids"]
+    close(reference=by_hand(model, live, ids), result=live(ids).logits, drift=EXACT)
+    rejects(reference=by_hand(model, live, ids, forget=True), result=live(ids).logits, drift=EXACT)
+    trained = [parameter for parameter in live.parameters() if parameter.requires_grad]
+    wanted, found = (torch.autograd.grad(logits.square().mean(), trained) for logits in (by_hand(model, live, ids), live(ids).logits))
+    for one, other in zip(wanted, found):
+        close(reference=one, result=other, drift=EXACT)
+    rejects(reference=wanted[0] * 1.01, result=found[0], drift=EXACT)
+
+
+def test_lst_decodes_behind_a_cache():
+    live = wake(live_of("gated", {"pass": "lst", "width": 8}).double())
+    ids = TOYS["gated"].inputs(2, 7)["input_ids"]
+    with torch.no_grad():
+        whole, cache, steps = live(ids).logits, None, []
+        for at in range(ids.shape[1]):
+            out = live(ids[:, at : at + 1], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            steps.append(out.logits)
+    close(reference=whole, result=torch.cat(steps, 1), drift=EXACT)
+    rejects(reference=whole.flip(1), result=torch.cat(steps, 1), drift=EXACT)
+
+
+def test_the_hidden_state_stays_the_first_thing_that_a_block_gives():
+    live, seen = live_of("gated", {"pass": "lst", "width": 8}), []
+    hook = live.model.layers[0].register_forward_hook(lambda module, given, out: seen.append((given[0].shape, out[0].shape, out[-1].shape)))
+    TOYS["gated"].output(live)
+    hook.remove()
+    assert seen == [((2, 7, 24), (2, 7, 24), (2, 7, 8))]
+    compiled = torch.compile(wake(live), backend="eager", fullgraph=True)
+    close(reference=TOYS["gated"].output(live), result=TOYS["gated"].output(compiled), drift=rounding(torch.float32))
+
+
+# ---- the ends of the model -----------------------------------------------------------------------------------------------
+
+
+def test_ipa_multiplies_the_policies():
+    model = copy.deepcopy(model_of("gated")).double()
+    live, seen = wake(live_of("gated", {"pass": "ipa", "width": 8}).double()), []
+    ids = TOYS["gated"].inputs(2, 7)["input_ids"]
+    hook = model.lm_head.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    with torch.no_grad():
+        base, own = model(ids).logits, live.lm_head.ipa.default
+        hook.remove()
+        policy = torch.softmax(F.gelu(seen[0] @ own.inner.T) @ own.outer.T, -1)
+        product = torch.softmax(base, -1) * policy
+        result = torch.softmax(live(ids).logits, -1)
+    close(reference=product / product.sum(-1, keepdim=True), result=result, drift=EXACT)
+    rejects(reference=(torch.softmax(base, -1) + policy) / 2, result=result, drift=EXACT)
+    assert not any(shape[-1] == 56 for shape in saved(live).shapes)  # backward ends at the head's input
+
+
+def couple(x, own, back=False):
+    a, b = x[..., :12], x[..., 12:]
+    first, second = (lambda h, i=i, o=o: torch.relu(h @ i.T) @ o.T for i, o in ((own.first_inner, own.first_outer), (own.second_inner, own.second_outer)))
+    if back:
+        b = b - second(a)
+        return torch.cat([a - first(b), b], -1)
+    a = a + first(b)
+    return torch.cat([a, b + second(a)], -1)
+
+
+def test_mad_x_undoes_its_coupling_before_a_tied_head():
+    live = wake(live_of("looped", {"pass": "mad_x", "where": ["embed", "mlp", "head"], "bottleneck": 6, "coupling": 4}).double())
+    own, ids = live.mad_x.default, TOYS["looped"].inputs(2, 7)["ids"]
+    x = torch.randn(2, 7, 24, dtype=torch.float64)
+    close(reference=x, result=couple(couple(x, own), own, back=True), drift=EXACT)
+    model = copy.deepcopy(model_of("looped")).double()
+    down, up = live.block.mad_x.default.mlp.down, live.block.mad_x.default.mlp.up
+
+    def run(undo=True):
+        h = couple(model.tokens(ids), own)
+        for _ in range(2):
+            block = model.block
+            q, k, v = (f(block.norm1(h)).unflatten(-1, (4, -1)).transpose(1, 2) for f in (block.query, block.key, block.value))
+            h = h + block.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+            y = block.down(F.silu(block.up(block.norm2(h))))
+            h = h + y + torch.relu(y @ down.T) @ up.T
+        h = model.norm(h)
+        return model.head(couple(h, own, back=True) if undo else h)
+
+    close(reference=run(), result=TOYS["looped"].output(live), drift=EXACT)
+    rejects(reference=run(undo=False), result=TOYS["looped"].output(live), drift=EXACT)
+    with pytest.raises(Refused, match="nothing to undo before it"):
+        live_of("gated", {"pass": "mad_x", "where": ["embed", "head"], "bottleneck": 6, "coupling": 4})
+
+
+def test_adapterdrop_leaves_the_first_blocks_alone():
+    live = live_of("gated", {"pass": "adapterdrop", "bottleneck": 6, "drop": 1})
+    assert not any("layers.0" in path for path in live.report.made) and any("layers.1" in path for path in live.report.made)
+    live = live_of("gated", {"pass": "adapterdrop", "bottleneck": 6, "most": 2})
+    plain = live_of("gated", {"pass": "adapter", "where": "mlp", "bottleneck": 6})
+    for path in live.report.made:
+        if path.endswith(("down", "up")):
+            with torch.no_grad():
+                tensor_of(live, path).normal_()
+                tensor_of(plain, path.replace("adapterdrop", "adapter")).copy_(tensor_of(live, path))
+    without = copy.deepcopy(plain)
+    without.model.layers[0].mlp.adapter.default.up.data.zero_()
+    live.adapterdrop.default.dropped.fill_(1)
+    close(reference=TOYS["gated"].output(plain), result=TOYS["gated"].output(live), drift=0.0)
+    close(reference=TOYS["gated"].output(without), result=TOYS["gated"].output(live.train()), drift=rounding(torch.float32))
+    rejects(reference=TOYS["gated"].output(plain), result=TOYS["gated"].output(live), drift=rounding(torch.float32))
+    steps, drawn = training(live), set()
+    for _ in range(40):
+        steps.before_forward()
+        drawn.add(int(live.adapterdrop.default.dropped))
+        steps.after_step(None)
+    assert drawn == {0, 1, 2}
+
+
+def test_coda_runs_the_picked_tokens_through_the_frozen_body():
+    live = wake(live_of("written", {"pass": "coda", "bottleneck": 6, "reduction": 3, "turns": 5}).double(), size=1.0)
+    block, own = live.blocks[1], live.blocks[1].coda.default.mlp
+    mlp = lambda h: F.gelu(h @ block.up.weight.T + block.up.bias) @ block.down.weight.T + block.down.bias
+    x = torch.randn(3, 11, 24, dtype=torch.float64)
+
+    def formula(k):
+        s, b = (x @ own.score.T).squeeze(-1), torch.zeros(3, 11, dtype=torch.float64)
+        for _ in range(5):
+            a = torch.log(torch.tensor(float(k))).double() - torch.log(torch.exp(s + b).sum(1, keepdim=True))
+            b = torch.minimum(-s - a, torch.zeros_like(s))
+        share = torch.exp(s + a + b)
+        y = torch.relu(x @ own.down.T) @ own.up.T
+        for row in range(3):
+            for token in torch.argsort(share[row], descending=True)[:k]:
+                y[row, token] = y[row, token] + share[row, token] * mlp(x[row, token])
+        return y
+
+    with torch.no_grad():
+        close(reference=formula(4), result=run_site(live, model_of("written"), "mlp", 1, x), drift=1e-6)
+        rejects(reference=formula(5), result=run_site(live, model_of("written"), "mlp", 1, x), drift=1e-6)
+    with pytest.raises(Refused, match="decodes token by token behind a cache"):
+        live_of("gated", {"pass": "coda", "bottleneck": 6})
