@@ -91,6 +91,7 @@ class Body:
         """
         env = fake_mode.shape_env
         known, ranges = (len(env.guards), dict(env.var_to_range)) if env is not None else (0, {})
+        replaced = dict(env.replacements) if env is not None else {}
         try:
             with _no_custom_backward(place):
                 self.graph = _trace(lambda *v: function(*v, training=False), values, fake_mode, dispatched)
@@ -102,6 +103,11 @@ class Body:
         asked = [guard.expr for guard in env.guards[known:]] if env is not None else ()
         lost = next((question for question in asked if not _holds_at_all_sizes(question, ranges)), None)
         if lost is not None:
+            env.replacements.clear()  # a size must stay free for whoever asks next
+            env.replacements.update(replaced)
+            env.var_to_range.update(ranges)
+            del env.guards[known:]
+            env._update_version_counter()
             raise Refused(f"{place}: the body was followed where {lost}, and batch and length vary from call to call. Write it for all sizes.")
         constants = [n.target for n in self.graph.nodes if n.op == "get_attr"]
         if constants:

@@ -10,6 +10,8 @@ import functools
 
 import torch
 from torch import fx
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from . import graph as g
 from .batch import IDS
@@ -94,10 +96,13 @@ class RowsEdit(Edit):
         if self.batch is None:
             return "it lies inside an opaque module, whose rows are not known" if self.graph.is_inner else "the batch size is not free in this capture"
         options = self.step.options
+        asked = {name for noun in options.nouns() for name in wants(getattr(options, noun))}
+        if operation is not None and operation.kind in ("conv", "embedding") and ({"op", "mix"} & asked or hasattr(options, "weight")):
+            return f"{'a convolution' if operation.kind == 'conv' else 'an embedding'} with other weights for each row cannot be followed while the batch size is free"
+        if {"f", "copy"} & asked:
+            return "its body is run again, which is not done for each row of a batch"
         if hasattr(options, "carry") or options.no_grad:
             return "what it hands from site to site, or keeps backward out of, is one for all rows of a batch"
-        if any("copy" in wants_of(getattr(options, noun)) for noun in options.nouns()):
-            return "a copy of the model's own body is one for all rows of a batch"
         for target in dict.fromkeys(REPLACES[noun] for noun in options.nouns()):
             current = self.handle(site, target if target not in ("w", "b") else "y")
             if current is not None and self.rows(current) is None:
@@ -127,7 +132,7 @@ class RowsEdit(Edit):
             return  # by another part of a fused projection
         self.memo[done] = True
         noun = next(noun for noun, target in REPLACES.items() if target == name)
-        self._rowwise(site, noun, None, {"copy": self.new.copies(site, stored, name)})
+        self._rowwise(site, noun, None, {"copy": self.new.own_copies(site, stored, name)})
 
     def _rowwise(self, site, noun, function, paths):
         """One noun at one site for the rows of its adapters; `function` None: the value is the tensor `copy`."""
@@ -137,7 +142,7 @@ class RowsEdit(Edit):
         deep = target in ("w", "b")  # then it is the operation's own value that is replaced, beneath what earlier steps made of it
         self._refuse_stale_weight(site, target, function, place)
         current = self._own_value(site) if deep else self.handle(site, target)
-        asked = wants_of(function) if function is not None else ("copy",)
+        asked = wants(function) if function is not None else ("copy",)
         nodes, functions = {}, {}
         for name in dict.fromkeys((target, *(("x", "b") if target == "w" else ()), *asked)):
             if name in paths:
@@ -194,9 +199,9 @@ class RowsEdit(Edit):
 
     def _refuse_stale_weight(self, site, target, function, place):
         """A weight of its own for each row stands nowhere in the graph: what one step has made of it, no later one of that adapter may read."""
-        reads = target == "w" or (function is not None and {"w", "op"} & set(wants_of(function)) and "w" in wants_of(function))
+        reads = target == "w" or (function is not None and "w" in wants(function))
         for adapter in self.members.adapters:
-            key = ("weight by row", adapter, self.graph.name, self._operation_node(site))
+            key = ("weight by row", adapter, self.graph.name, self._operation_node(site), site.layout.rows)
             if reads and key in self.memo:
                 raise Refused(f"{place}: an earlier step of {adapter!r} has replaced the weight, and in a batch a second one cannot read what became of it. Give one of the two.")
             if target == "w":
@@ -209,10 +214,6 @@ class RowsEdit(Edit):
         return Body(run, fresh, self.fake_mode, training=training, marker=marker, place=place, dispatched=True)
 
 
-def wants_of(function):
-    return wants(function)
-
-
 def _slot_and_mask(ids, members):
     """Which of the stacked tensors each row takes, and whether it is one of theirs; a number that no adapter has is an error of the lookup."""
     known = torch.arange(-1, len(members.names), device=ids.device).index_select(0, ids.clamp(min=-1) + 1)
@@ -223,6 +224,32 @@ def _slot_and_mask(ids, members):
     for number in others:
         slot, mask = slot + (known >= number), mask | (known == number)
     return slot, mask
+
+
+def _by_row(value, batch):
+    """A value of batch × something rows, as batch and something."""
+    return value.view(batch, value.shape[0] // batch, *value.shape[1:])  # unflatten would ask for numbers
+
+
+class _BeneathVmap(TorchFunctionMode):
+    """Writes what vmap cannot follow at sizes that are symbols: a linear with its bias, and dropout, whose flag then is a number in an argument."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.linear:
+            return self._linear(*args, **(kwargs or {}))
+        if function is F.dropout:
+            return self._dropout(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _linear(input, weight, bias=None):
+        product = torch.matmul(input, weight.mT)
+        return product if bias is None else product + bias
+
+    @staticmethod
+    def _dropout(input, p=0.5, training=True, inplace=False):
+        p = p * training
+        return input * (torch.rand_like(input) >= p) / (1.0 - p)
 
 
 class _Rows:
@@ -244,40 +271,45 @@ class _Rows:
             elif kind == "stack":
                 batched[key] = whole[key].index_select(0, slot)
             else:
-                batched[key] = whole[key].unsqueeze(1) if kind == "rows" else whole[key].unflatten(0, (slot.shape[0], -1))
+                batched[key] = whole[key].unsqueeze(1) if kind == "rows" else _by_row(whole[key], slot.shape[0])
         self.is_same = False
-        new = torch.vmap(lambda row: self.row({**fixed, **row}, training), randomness="different")(batched)
+        new = self.over_rows(lambda row: self.new({**fixed, **row}, training), batched)
         name = " current" if " current" in whole else self.target
         if self.is_same:
             return whole[name]
-        current, is_flat = batched[name], self.kinds[self.names.index(name)] == "flat"
+        own_value = lambda new: self.over_rows(lambda row: self.own_value({**fixed, **row}, row[" new"]), {**batched, " new": new})  # noqa: E731
+        new = own_value(new) if self.target == "w" else new
+        new = self.put(whole, batched, name, new)
+        new = own_value(new) if self.target == "b" else new
+        current = batched[name]
         if new.shape != current.shape:
-            raise Refused(f"{self.place}: a row becomes {tuple(new.shape[1:])} where the model has {tuple(current.shape[1:])}.")
+            raise Refused(f"{self.place}: in a batch a value keeps its shape, and a row of it becomes {tuple(new.shape[1:])} where the model has {tuple(current.shape[1:])}.")
         chosen = torch.where(mask.view(-1, *[1] * (new.dim() - 1)), new, current)
-        return chosen.flatten(0, 1) if is_flat else chosen.squeeze(1)
+        return chosen.view(whole[name].shape) if self.kinds[self.names.index(name)] == "flat" else chosen.squeeze(1)
 
-    def row(self, raw, training):
-        """The new value for one row, whose tensors have a batch of one."""
+    @staticmethod
+    def over_rows(function, batched):
+        with _BeneathVmap():
+            return torch.vmap(function, randomness="different")(batched)
+
+    def new(self, raw, training):
+        """What the body gives for one row, whose tensors have a batch of one."""
+        if self.function is None:
+            return self.operation.standard(raw["copy"]) if self.target == "w" and self.operation is not None else raw["copy"]
         known = {node: raw[node] for node in self.extras}
         given = {name: self.read(name, raw[name]) if name in raw else None for name in self.asked if name not in ("training", *FUNCTIONS, *FACTS)} | self.facts
         given |= {name: functools.partial(f.run, known=known) for name, f in self.functions.items() if name in self.asked}
         given |= {name: training if name == "training" else None for name in self.asked if name not in given}
-        given = {name: given[name] for name in self.asked if name in raw or name in given}
-        if self.function is None:
-            new = raw["copy"]
-            new = self.operation.standard(new) if self.target == "w" and self.operation is not None else new
-        else:
-            new = self.function(**given)
-            if new is given.get(self.target) and self.target in given:
-                self.is_same = True  # as the noun of a pass that leaves this site's value alone gives it back
-                return new
-            new = self.put(raw, new)
-        if self.target == "w":
-            y = self.functions["op"].run(raw["x"], new, known=known)
-            return y if raw.get("b") is None else y + self.along(raw["b"], y)
+        new = self.function(**{name: given[name] for name in self.asked})
+        self.is_same = new is given.get(self.target) and new is not None  # as the noun of a pass that leaves this site alone gives it back
+        return new
+
+    def own_value(self, raw, new):
+        """What the site's operation gives for one row with that weight or bias."""
         if self.target == "b":
             return raw[" current"] + self.along(new - raw["b"], raw[" current"])
-        return new
+        y = self.functions["op"].run(raw["x"], new, known={node: raw[node] for node in self.extras})
+        return y if raw.get("b") is None else y + self.along(self.read("b", raw["b"]) if self.function is not None else raw["b"], y)
 
     def read(self, name, value):
         if self.operation is None or name not in ("w", "b", "y"):
@@ -285,12 +317,14 @@ class _Rows:
         value = self.operation.standard(value) if name == "w" else value
         return self.edit._part(self.site, value, self.edit._dim(self.operation, name))
 
-    def put(self, raw, new):
-        """The whole value with the site's rows of it replaced; a weight in standard orientation."""
-        if self.operation is None or self.site.layout.rows is None or self.target not in ("w", "b", "y"):
+    def put(self, whole, batched, name, new):
+        """The whole value of each row with the site's part of it replaced; not beneath vmap, which cannot join at free sizes."""
+        if self.operation is None or self.site.layout.rows is None or self.target not in ("w", "b", "y") or self.function is None:
             return new
-        whole = self.operation.standard(raw["w"]) if self.target == "w" else raw[self.target]
-        return self.site.layout.rows.put(whole, new, self.edit._dim(self.operation, self.target))
+        if self.target == "b":
+            return self.site.layout.rows.put(whole["b"].expand(new.shape[0], -1), new, 1)
+        dim = self.edit._dim(self.operation, "y")
+        return self.site.layout.rows.put(batched[name], new, dim if dim < 0 else dim + 1)
 
     def along(self, bias, y):
         """A bias as it is added to y: along the last axis, on a convolution along that of the channels."""
@@ -339,7 +373,7 @@ class Stacked(NewTensors):
                     each.setdefault(name, []).append((adapter, f"{alone(step)}.{name}", value))
         return {name: self._stack(f"{base}.{name}", found) for name, found in each.items()}
 
-    def copies(self, site, stored, name):
+    def own_copies(self, site, stored, name):
         """The path of a copy of a base tensor for each adapter."""
         parameter = g.attribute(self.edit.graph.root, stored)
         if len(names := names_of(self.edit.graph.root, parameter)) > 1:
