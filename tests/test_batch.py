@@ -268,7 +268,7 @@ def test_what_has_other_rows_is_refused():
     with pytest.raises(Refused, match="its rows are tokens sorted by expert, not those of the batch"):
         rewrite(build("mixtral"), batch_of({"fr": [{"pass": "lora", "where": "expert.up", "rank": 2}]}))
     with pytest.raises(Refused, match="in a batch a value keeps its shape"):
-        rewrite(double("llama"), batch_of({"fr": [{"pass": "prefix_tuning", "length": 3}]}))
+        rewrite(build("llama"), batch_of({"fr": [{"pass": "prefix_tuning", "length": 3}]}))
     with pytest.raises(Refused, match="an embedding with other weights for each row"):
         rewrite(build("gpt2"), batch_of({"fr": [{"pass": "lora", "where": "embed.position", "rank": 2}]}))
     with pytest.raises(Refused, match="an earlier step of 'fr' has replaced the weight"):
