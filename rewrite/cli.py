@@ -284,6 +284,14 @@ def schema():
     print(json.dumps(Spec.schema(), indent=2, ensure_ascii=False))
 
 
+@app.command(epilog=examples("rewrite methods > docs/methods.md"))
+def methods():
+    """Print the built-in passes as a page: equations, where they act, options, sources."""
+    from .methods import page
+
+    print(page(), end="")
+
+
 def _console():
     """Standard output; where it is no terminal, wide enough that nothing is cut."""
     return Console() if sys.stdout.isatty() else Console(width=160)

@@ -113,7 +113,7 @@ def _in_words(error, given, schema, method, place):
         has = f"Options: {', '.join(options)}." if options else "It has no options."
         return f'{place}: "{name}" is not an option of {method}.{closest(name, [*options, *COMMON])} {has}'
     if error["type"] == "missing" and len(error["loc"]) == 1:
-        return f'{place}: {method} needs "{error["loc"][0]}" ({_words(schema["properties"][error["loc"][0]], schema)})'
+        return f'{place}: {method} needs "{error["loc"][0]}" ({words_of(schema["properties"][error["loc"][0]], schema)})'
     if error["type"] == "json_invalid":  # half of a surrogate pair: the only JSON that Python reads and pydantic does not
         return f"{place}: a string holds a character that is not Unicode"
     part, value = schema, given
@@ -130,7 +130,7 @@ def _in_words(error, given, schema, method, place):
     if isinstance(value, float) and not math.isfinite(value):
         return f"{place}: expected a finite number, got {said(value)}"
     bounds = error["type"].startswith(("greater_than", "less_than", "multiple_of", "too_", "string_too", "string_pattern"))
-    return f"{place}: expected {_words(part, schema, bounds)}, got {said(value)}"
+    return f"{place}: expected {words_of(part, schema, bounds)}, got {said(value)}"
 
 
 def _resolved(part, schema):
@@ -139,11 +139,11 @@ def _resolved(part, schema):
     return part
 
 
-def _words(part, schema, bounds=True):
+def words_of(part, schema, bounds=True):
     """A JSON Schema in a few words: `int ≥ 1`, `one of "a", "b"`, `list of string`, `int or null`."""
     part = _resolved(part, schema)
     if "anyOf" in part:
-        return " or ".join(dict.fromkeys(_words(p, schema, bounds) for p in part["anyOf"]))
+        return " or ".join(dict.fromkeys(words_of(p, schema, bounds) for p in part["anyOf"]))
     if "const" in part:
         return said(part["const"])
     if "enum" in part:
@@ -151,9 +151,9 @@ def _words(part, schema, bounds=True):
     kind = part.get("type", "another value")
     kind = {"integer": "int", "boolean": "true or false", "array": "list"}.get(kind, kind)
     if part.get("type") == "array" and "items" in part:
-        kind = f"list of {_words(part['items'], schema, bounds)}"
+        kind = f"list of {words_of(part['items'], schema, bounds)}"
     if part.get("type") == "array" and "prefixItems" in part:
-        kind = f"list of {len(part['prefixItems'])} items: {', '.join(_words(p, schema, bounds) for p in part['prefixItems'])}"
+        kind = f"list of {len(part['prefixItems'])} items: {', '.join(words_of(p, schema, bounds) for p in part['prefixItems'])}"
     limits = [text.format(part[key]) for key, text in LIMITS.items() if key in part and "prefixItems" not in part]
     return f"{kind} {' and '.join(limits)}" if bounds and limits else kind
 

@@ -21,6 +21,9 @@ from torch.nn import functional as F
 from rewrite import capture
 from rewrite import graph as g
 
+#: Modules of passes from elsewhere, to be checked in place of the built-in ones (`--pass`).
+OUTSIDE = []
+
 # ---- comparing -----------------------------------------------------------------------------------------------------------
 
 #: A training run has learned something when its loss has come down to this share of where it began.
