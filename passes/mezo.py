@@ -4,7 +4,8 @@
     t = t - lr * (g z + decay t)
 
 z is drawn from a seed whenever it is needed and never stored, so a step needs the memory of a forward pass. Works on whatever the passes before
-let train.  Malladi et al. 2023, arXiv:2305.17333.
+let train.
+Malladi et al. 2023, arXiv:2305.17333.
 """
 
 from dataclasses import dataclass

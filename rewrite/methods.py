@@ -21,7 +21,7 @@ is not declared: `merge(live)` finds it out, and says why where it does not. Par
 | pass | what it does | acts on |
 |---|---|---|
 """
-_SOURCE = re.compile(r"arXiv:|et al\.|ICLR|\b(19|20)\d\d\b")
+_SOURCE = re.compile(r"arXiv:|et al\.|\b(19|20)\d\d\b")
 
 
 def page(names=None):
