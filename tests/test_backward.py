@@ -417,3 +417,28 @@ def test_coda_runs_the_picked_tokens_through_the_frozen_body():
         rejects(reference=formula(5), result=run_site(live, model_of("written"), "mlp", 1, x), drift=1e-6)
     with pytest.raises(Refused, match="decodes token by token behind a cache"):
         live_of("gated", {"pass": "coda", "bottleneck": 6})
+
+
+def test_lpt_s_prompt_comes_late_and_backward_ends_there():
+    late = {"pass": "lpt", "where": {"role": "attention", "path": "blocks.1"}, "length": 3, "bottleneck": 6, "width": 8}
+    live, model = wake(live_of("written", late).double(), size=1.0), copy.deepcopy(model_of("written")).double()
+    ids, made, own = TOYS["written"].inputs(2, 7)["ids"], live.lpt.default, next(m for n, m in live.blocks[1].named_modules() if n.endswith("lpt.default") or n.endswith("lpt.default.attention"))
+
+    def run(pooled):
+        x = model.blocks[0](model.tokens(ids))
+        prompt = (torch.tanh(pooled(x) @ made.down.T) @ made.up.T).reshape(2, 3, 8)
+        block, h = model.blocks[1], model.blocks[1].norm1(x)
+        q, k, v = (f(h) for f in (block.query, block.key, block.value))
+        k, v = torch.cat([prompt @ own.keys.T, k], 1), torch.cat([prompt @ own.values.T, v], 1)
+        q, k, v = (one.unflatten(-1, (4, -1)).transpose(1, 2) for one in (q, k, v))
+        x = x + block.out((torch.softmax(q @ k.transpose(-1, -2) / 6**0.5, -1) @ v).transpose(1, 2).flatten(2))
+        x = x + block.down(F.gelu(block.up(block.norm2(x))))
+        return model.head(model.norm(x).mean(1))
+
+    close(reference=run(lambda x: x.mean(1)), result=TOYS["written"].output(live), drift=EXACT)
+    rejects(reference=run(lambda x: x[:, 0]), result=TOYS["written"].output(live), drift=EXACT)
+    everywhere = live_of("written", {**late, "where": "attention"})
+    inner = [sum(shape[-1] == 56 for shape in saved(one, "written").shapes) for one in (live, everywhere)]
+    assert 0 < inner[0] < inner[1] and saved(live.float(), "written").bytes < saved(everywhere, "written").bytes
+    with pytest.raises(Refused, match="decodes token by token behind a cache"):
+        live_of("gated", {**late, "where": "attention"})
