@@ -6,6 +6,7 @@
 Each of the inner steps is a step, a form, or a list of these that run one after the other.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 
 from .batch import Batch
@@ -45,6 +46,18 @@ def leaves(step):
     if not isinstance(step, Form):
         return [step]
     return [*leaves(step.steps), *([step.by] if step.by is not None else [])]
+
+
+def placed(step, place):
+    """A step that was not read from a spec, with a place of its own: what is remembered of steps is remembered under it."""
+    if isinstance(step, tuple):
+        return tuple(placed(each, f"{place}[{i}]") for i, each in enumerate(step))
+    if step.place:
+        return step
+    if not isinstance(step, Form):
+        return dataclasses.replace(step, place=place)
+    by = placed(step.by, f"{place}.by") if step.by is not None else None
+    return dataclasses.replace(step, steps=placed(step.steps, f"{place}.{step.kind}"), by=by, place=place)
 
 
 KINDS = {"parallel": ("parallel",), "choose": ("choose", "by")}

@@ -17,7 +17,7 @@ from .edit import Edit
 from .emit.live import make_live
 from .errors import Refused
 from .fingerprint import fingerprint
-from .forms import Form, leaves
+from .forms import Form, placed, leaves
 from .graph import attribute
 from .prompts import follow, split
 from .report import Applied, Report, Size
@@ -102,7 +102,7 @@ def _apply_steps(graph, steps, seed, report, donated=None, stored=()):
         split(graph)
     work = Work(graph, seed, report, donated, dict(stored))
     for number, step in enumerate(steps):
-        step = step if step.place else dataclasses.replace(step, place=f"passes[{number}]")  # one that was not read from a spec
+        step = placed(step, f"passes[{number}]")
         texts = [show(part) for part in work.graphs]  # for the picture in a Broken; 11 µs a node
         work.apply(step)
         name = step.method if isinstance(step, Step) else str(step)

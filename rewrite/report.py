@@ -1,5 +1,6 @@
 """What a rewrite did, as a value: per pass its sites and refusals, parameters and bytes before and after."""
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -43,6 +44,13 @@ class Applied:
     seconds: float
 
 
+    @property
+    def label(self):
+        """The pass, its name where it has one, before it the form that it stands in."""
+        form = re.findall(r"\.(parallel|choose|by)\b", self.place)
+        return (f"{form[-1]}: " if form else "") + self.method + (f" {self.name}" if self.name != "default" else "")
+
+
 @dataclass
 class Report:
     """The report of one rewrite.
@@ -83,7 +91,7 @@ class Report:
         for step in self.applied:
             roles = ", ".join(f"{role} ×{n}" for role, n in Counter(role for _, role in step.sites).items())
             size = step.after
-            table.add_row(step.method, roles or "whole graph", str(len(step.refused)), f"{size.trainable:,}", f"{size.share:.2%}", f"{size.stored_bytes / 1e6:,.1f} MB", f"{step.seconds:.2f}")
+            table.add_row(step.label, roles or "whole graph", str(len(step.refused)), f"{size.trainable:,}", f"{size.share:.2%}", f"{size.stored_bytes / 1e6:,.1f} MB", f"{step.seconds:.2f}")
         return table
 
     def _measured(self):

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from rewrite import Pass, Refused, Spec, SpecError, load, merge, rewrite, save, show
+from rewrite.forms import Form
 from tests.models import build, example
 
 DOUBLE = rounding(torch.float64)
@@ -227,6 +228,27 @@ def test_forms_in_forms_and_lists():
     close(reference=right, result=live(inputs()), drift=DOUBLE)
     assert [step.place for step in live.report.applied] == ["passes[0].parallel[0][0]", "passes[0].parallel[0][1]", "passes[0].parallel[1].parallel[0]", "passes[0].parallel[1].parallel[1]"]
     assert Spec.parse(json.loads(live.spec.to_json())) == live.spec
+
+
+def test_steps_that_were_made_by_hand_do_not_share_their_tensors():
+    passes = [{"parallel": [LORA, {**LORA, "name": "b", "rank": 2}]}]
+    (form,) = Spec.parse({"passes": passes}).passes
+    bare = Form("parallel", tuple(replace(step, place="") for step in form.steps))
+    live = rewrite(gated(), Spec(passes=(bare,)), example=(inputs().float(),))
+    assert tensor_of(live, "up.lora.default.down").shape[0] == 4 and tensor_of(live, "up.lora.b.down").shape[0] == 2
+
+
+def test_what_comes_after_a_form_sees_all_of_it():
+    form = {"parallel": [LORA, {**ADAPTER, "name": "de"}]}
+    live = rewrite(gated(), {"passes": [form, {"pass": "freeze", "where": "mlp"}]}, example=(inputs().float(),))
+    assert not any(p.requires_grad for p in live.parameters())
+    assert "parallel: lora" in str(live.report) and "parallel: adapter de" in str(live.report)
+    live, t = awake([form, {"pass": "merge", "partial": True}, DOWN])
+    assert sorted(live.report.made) == sorted([*(f"adapter.de.{name}" for name in ("down", "down_bias", "up", "up_bias")), "down.lora.default.down", "down.lora.default.up"])
+    again, t = awake([form, DOWN])
+    right = formula(inputs(), up=lambda x, y: y + lora(t, x, "up.lora.default"), down=lambda x, y: y + adapter(t, y, "adapter.de") + lora(t, x, "down.lora.default"))
+    close(reference=right, result=again(inputs()), drift=DOUBLE)
+    rejects(reference=right, result=live(inputs()), drift=DOUBLE)
 
 
 # ---- a mixing pass -------------------------------------------------------------------------------------------------------
