@@ -124,9 +124,41 @@ def test_there_and_back(case, tmp_path):
         close(reference=other[name].double(), result=mine[name].double(), drift=EXACT)
 
 
+PROMPTS = {
+    "prefix": ("llama", peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)),
+    "prefix of a network": ("gpt2", peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=10)),
+    "prompt": ("llama", peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)),
+}
+
+
+@pytest.mark.parametrize("case", PROMPTS)
+def test_prompts_there_and_back(case, tmp_path):
+    family, config = PROMPTS[case]
+    wrapped = theirs(family, copy.deepcopy(config))
+    wrapped.save_pretrained(tmp_path / "theirs")
+    live = load(base(family), tmp_path / "theirs")
+    kept = slice(5 if case == "prompt" else 0, None)  # PEFT hands the prompt's own logits back too
+    wanted = logits(wrapped, family)[:, kept]
+    close(reference=wanted, result=logits(live, family), drift=EXACT)
+    rejects(reference=wanted, result=logits(base(family), family), drift=EXACT)
+    for path in wake(live).report.made:  # PEFT makes the table in float32 and rounds what it reads
+        live.get_parameter(path).data.copy_(live.get_parameter(path).detach().float())
+    back = peft.PeftModel.from_pretrained(copy.deepcopy(base(family)), save(live, tmp_path / "ours", format="peft")).double().eval()
+    close(reference=logits(back, family)[:, kept], result=logits(live, family), drift=EXACT)
+    rejects(reference=logits(back, family)[:, kept], result=wanted, drift=EXACT)
+    for keys in ({"num_virtual_tokens": 4}, {"task_type": "SEQ_2_SEQ_LM"}):
+        with pytest.raises(Refused, match=next(iter(keys))):
+            load(base(family), changed_folder(tmp_path / "theirs", tmp_path / next(iter(keys)), keys))
+    with pytest.raises(Refused, match="on this model it would be"):
+        load(base(family), changed_folder(tmp_path / "theirs", tmp_path / "narrow", tensors=lambda t: {"prompt_embeddings": t["prompt_embeddings"][:, 1:].contiguous()}))
+
+
 @pytest.mark.parametrize(
     "family, passes, words",
     [
+        ("llama", [{"pass": "prefix_tuning", "length": 3}], '"shift": true, "inner": 0'),
+        ("llama", [{"pass": "prompt_tuning", "length": 3}, {"pass": "unfreeze"}], "stands alone there"),
+        ("bert", [{"pass": "prompt_tuning", "length": 3}], "for decoders alone"),
         ("gpt2", [{"pass": "lora", "where": "attention.q", "rank": 2}], r"c_attn\[q\] is on a part of a module"),
         ("gpt2", [{"pass": "lora", "where": "attention.qkv", "rank": 2}, {"pass": "unfreeze"}], "is tied to another tensor"),
         ("bert", [{"pass": "lora", "where": "attention.q", "rank": 2}, {"pass": "bitfit", "where": "attention.k"}], r"key\.bias trains, and PEFT trains whole modules"),

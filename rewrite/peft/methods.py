@@ -241,5 +241,5 @@ def method_of(config):
     found = [m for m in METHODS if m.kind == kind and (name is None or m.name == name)]
     if not found:
         kinds = ", ".join(dict.fromkeys(m.kind for m in METHODS))
-        raise Refused(f'"peft_type" {kind!r} has no counterpart here. These have: {kinds}')
+        raise Refused(f'"peft_type" {kind!r} has no counterpart here. These have: {kinds}, PREFIX_TUNING, PROMPT_TUNING')
     return found[0]

@@ -28,6 +28,7 @@ from ..roles.find import roles
 from ..roles.where import parse as parse_where
 from ..spec import Spec, read_json
 from .methods import ANY_LAYER, EMBEDDED, PLAIN_STARTS, method_of, plain_pattern, rank_left
+from .prompts import PROMPTS, TAKES, read_prompt
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 NAME = "default"
@@ -41,8 +42,11 @@ def read(model, folder, example=None):
     """The live model of a PEFT folder on `model`, which is not changed. Raises Refused, with the key or the tensor, for what has no counterpart."""
     config, tensors = read_config(folder), _read_tensors(folder)
     try:
+        if config.get("peft_type") in PROMPTS:
+            _refuse_keys(config, TAKES)
+            return read_prompt(model, config, tensors, example)
         method = method_of(config)
-        _refuse_keys(config, method)
+        _refuse_keys(config, method.takes)
         own, shared, rest = _sorted(tensors, method, config)
         _refuse_other_modules(model, config, own)
         if method.kind == "ADALORA":
@@ -94,10 +98,10 @@ def _read_tensors(folder):
     return tensors
 
 
-def _refuse_keys(config, method):
+def _refuse_keys(config, takes):
     """A key that we do not know may hold nothing."""
     for key, value in config.items():
-        if key not in (*_ANYTHING, *_MODULES, *method.takes) and value not in (None, False, 0, 0.0, "", [], {}):
+        if key not in (*_ANYTHING, *_MODULES, *takes) and value not in (None, False, 0, 0.0, "", [], {}):
             raise Refused(f'"{key}": {json.dumps(value)[:60]} has no counterpart here. Merge the adapter with PEFT and load the merged model')
     start = config.get("init_lora_weights", True)
     if start not in PLAIN_STARTS:

@@ -17,6 +17,7 @@ from ..errors import Refused
 from ..forms import Form
 from ..graph import attribute
 from .methods import EMBEDDED, METHODS
+from .prompts import PROMPTS, prompt_files
 from .read import CONFIG, NAME, PREFIX, TENSORS
 
 #: passes that only say what trains: PEFT knows it as "modules_to_save" and "bias"
@@ -33,6 +34,9 @@ def files(live, changed):
 
 
 def _files(live, changed):
+    if any(getattr(step, "method", None) in PROMPTS.values() for step in live.spec.passes):
+        config, table = prompt_files(live, set(changed) - live.report.made.keys())
+        return {CONFIG: config, TENSORS: table}
     method, steps = _method(live)
     modules = _modules(live, method, steps)
     config, tensors = method.config(modules), {}
