@@ -5,7 +5,8 @@
     y = linear(x, w, b) + alpha/rank * linear(scale * linear(x, down), up)
 
 While training, every triplet (a row of `down`, its scale, a column of `up`) is scored by how much the loss would feel its loss, and the scales
-of the least important are set to zero, until `target` triplets are left for each site on average. A penalty keeps the vectors orthogonal.
+of the least important are set to zero, until `target` triplets are left for each site on average (`compact(live)` then leaves the others out). A
+penalty keeps the vectors orthogonal.
 Zhang et al. 2023, arXiv:2303.10512.
 """
 
@@ -17,7 +18,6 @@ from pydantic import Field
 from torch.nn import functional as F
 
 from rewrite.contract import Pass
-
 TRIPLET = ("down", "scale", "up")
 
 
@@ -69,15 +69,14 @@ class AdaLoRA(Pass):
         return self.orthogonality / len(grams) * sum((m - torch.eye(self.rank, dtype=m.dtype, device=m.device)).norm() for m in grams)
 
     def after_step(self, sites, done):
-        last = self.steps - self.final
-        if done < last:
-            for site in sites:
-                self._follow(site)
+        last, n = self.steps - self.final, len(sites)
+        for site in sites if done < last else ():
+            self._follow(site)
         if self.warmup < done <= last and (done == last or done % self.every == 0):
-            self._cut(sites, self._budget(done, len(sites)))
-        if done >= last:
-            for site in sites:
-                site.scale.masked_fill_(site.cut, 0.0)
+            left = 1 - (done - self.warmup) / (last - self.warmup)
+            self._cut(sites, int(n * (self.rank - self.target) * left**3 + n * self.target))
+        for site in sites if done >= last else ():
+            site.scale.masked_fill_(site.cut, 0.0)
 
     def _follow(self, site):
         for name in TRIPLET:
@@ -85,10 +84,6 @@ class AdaLoRA(Pass):
             now = (tensor * tensor.grad).abs() if tensor.grad is not None else torch.zeros_like(tensor)
             mean.lerp_(now, 1 - self.sensitivity)
             doubt.lerp_((now - mean).abs(), 1 - self.uncertainty)
-
-    def _budget(self, done, n):
-        left = 1 - (done - self.warmup) / (self.steps - self.final - self.warmup)
-        return int(n * (self.rank - self.target) * left**3 + n * self.target)
 
     def _cut(self, sites, budget):
         score = lambda site, name: getattr(site, f"sensitivity_of_{name}") * getattr(site, f"uncertainty_of_{name}")  # noqa: E731
@@ -98,3 +93,8 @@ class AdaLoRA(Pass):
         for site, value in zip(sites, scores):
             site.cut.copy_(value <= threshold)
             site.scale.masked_fill_(site.cut, 0.0)
+
+    def compacted(self, site):
+        left = (~site.cut | (site.scale != 0)).nonzero().flatten()
+        rows = {name: getattr(site, name).index_select(-1 if name.endswith("up") else 0, left) for name in site.names}
+        return ({"rank": len(left), "target": min(self.target, len(left)), "alpha": self.alpha * len(left) / self.rank}, rows) if len(left) else None

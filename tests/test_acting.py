@@ -77,6 +77,19 @@ def test_adalora_is_peft_s():
     rejects(reference=torch.cat([theirs for theirs, _, _ in scales]), result=torch.cat([twin for _, _, twin in scales]), drift=SINGLE)
 
 
+def test_a_compact_adalora_has_the_ranks_that_were_allotted():
+    short = {**ADALORA, "steps": 10, "warmup": 2, "final": 3, "every": 2}
+    live = tuned(short)
+    run(live, 10)
+    small = compact(live)
+    ranks = [len(tensor_of(small, path)) for path in small.report.made if path.endswith("scale")]
+    assert sum(ranks) == 4 * TARGET and len(set(ranks)) > 1
+    close(reference=ours(live).logits, result=ours(small).logits, drift=EXACT)
+    rejects(reference=ours(base()).logits, result=ours(small).logits, drift=EXACT)
+    fresh = compact(tuned(short))
+    assert {len(tensor_of(fresh, path)) for path in fresh.report.made if path.endswith("scale")} == {RANK}, "none is cut before training"
+
+
 # ---- one method after the other ----------------------------------------------------------------------------------------------
 
 
