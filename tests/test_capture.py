@@ -13,6 +13,7 @@ from torch import fx, nn
 from rewrite.capture.model import capture
 from rewrite.emit.unlabelled import unlabelled
 from rewrite.errors import Refused
+from rewrite.emit.live import make_live
 from rewrite.graph import HOST, attribute
 from rewrite.calls.leaves import leaves
 
@@ -419,3 +420,16 @@ def test_equals_torch_exports_program(family):
         program = torch.export.export(model, (), inputs, strict=False).module()
         cached = {"use_cache": False} if model.can_generate() else {}
         assert not differing(program(**inputs), call(graph, graph.root, **names, **cached))
+
+
+def test_an_encoder_that_stays_one_call_is_no_graph_of_its_own():
+    """Layers dropped at random make it opaque; a variant that consists of it would call itself."""
+    model = build("bart").eval()
+    model.model.encoder.layerdrop = 0.1
+    graph = capture(model)
+    assert "model.encoder" in graph.opaque
+    assert "encoder" not in graph.variants
+    assert any("model.encoder stays one call" in note for note in graph.notes)
+    live = make_live(graph)
+    with torch.no_grad():
+        assert torch.equal(live(**example("bart")).logits, model(**example("bart")).logits)

@@ -152,9 +152,11 @@ class Signature:
         """
         module = attribute(model, owner)
         own = [v for v in variants if v.owner == owner and v.name in graphs]
-        if not {"first", "next"} <= graphs.keys():
+        encodes = (v for v in variants if v.name == "encoder" and not owner)
+        # one that is opaque stays as it is and is called as it is; one that is neither has rewritten blocks inside and no way in
+        encoder = next((v for v in encodes if v.name in graphs or any(v.owner in graph.opaque for graph in graphs.values())), None)
+        if not {"first", "next"} <= graphs.keys() or (encoder is None and not owner):
             own = [v for v in own if v.name not in ("first", "next")]
-        encoder = next((v for v in variants if v.name == "encoder" and v.name in graphs and not owner), None)
         parameters = inspect.signature(module.forward).parameters
         entries = {v.name: Entry.of(graphs[v.name], v, trees[v.name]) for v in own}
         if any(slot.default == "label" for slot in entries[own[0].name].slots):

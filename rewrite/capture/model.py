@@ -50,7 +50,11 @@ def capture(model, example=None, *, generation=True, stamp=False):
         main = graphs[0] if graphs else None
         try:
             work = _Capture(model, root, variant, opaque, main, stamp)
-            graphs.append(work.graph())
+            graph = work.graph()
+            if variant.owner in graph.opaque:  # it would be a graph that calls the module whose call it is
+                captured.append(work.variant)
+                raise Refused(f"{variant.owner} stays one call: {graph.opaque[variant.owner]}")
+            graphs.append(graph)
             trees[variant.name] = work.tree
             inner |= work.inner
             captured.append(work.variant)
