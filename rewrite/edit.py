@@ -39,6 +39,7 @@ class Edit:
     def __init__(self, graph, sites, graphs, step, seed, report, memo, aside=frozenset()):
         self.graph, self.sites, self.step, self.seed, self.report, self.made, self.memo = graph, sites, step, seed, report, report.made, memo
         self.graphs, self.main, self.restructured = graphs, graph is graphs[0], False
+        self.declined = []  # (site, reason) of what a pass over the whole graph left as it is
         self.aside, self.choices, self.replaced = aside, {}, []
         self.carried, self.beside = None, set()  # the value that goes from site to site with the site that it comes from; the nodes that make it
         self.counted, self.grown = False, {}  # whether the step has replaced the model's positions; masks that it has made longer

@@ -140,7 +140,7 @@ class Work:
     def step(self, step, picked, choices=None):
         """One step at the sites `picked`, one list a graph; `choices` are those of a mixing pass, one dict a graph."""
         start, before = time.perf_counter(), Size.of(self.graphs[0].root)
-        reason = step.options.requires(self.graphs[0])
+        reason = step.options.requires(self.graphs[0]) or _fused(step, self.graphs)
         if reason:
             raise Refused(f"{step.place}: {step.method}: {reason}")
         kind = Edit if step.members is None else RowsEdit
@@ -157,6 +157,14 @@ class Work:
             if edit.restructured:
                 self.found[number] = roles(edit.graph)
         self.report.applied.append(Applied(step.method, step.name, step.place, sites, refused, before, Size.of(self.graphs[0].root), time.perf_counter() - start))
+
+
+def _fused(step, graphs):
+    """Why a step cannot follow one that has fused operations, or None: their sites are no longer there. The whole model still is."""
+    fused = next((node for graph in graphs for node in graph.nodes if "fused" in node.meta), None)
+    if fused is None or (step.where == "model" and hasattr(step.options, "apply")):
+        return None
+    return f"{fused.target._schema.name.partition('::')[2]} stands where it would look for linears. Fuse last: leave fuse out before it, or put it behind."
 
 
 def _refuse_derived(form):
@@ -195,7 +203,7 @@ def _run(edits, picked, inner):
     step, options = edits[0].step, edits[0].step.options
     if hasattr(options, "apply"):
         done = [tuple(options.apply(edit, sites)) for edit, sites in zip(edits, picked)]
-        return tuple(site for number in inner for site in done[number]), ()
+        return tuple(site for number in inner for site in done[number]), tuple(reason for number in inner for reason in edits[number].declined)
     reasons = [[(site, edit.reason(site, sites)) for site in sites] for edit, sites in zip(edits, picked)]
     whole = {(site.name, site.role): reason for part in reasons for site, reason in part if reason}  # a site that one call cannot have, no call has
     reasons = [[(site, whole.get((site.name, site.role))) for site, _ in part] for part in reasons]

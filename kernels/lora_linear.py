@@ -1,0 +1,140 @@
+"""A linear with a low-rank adapter beside it, forward and backward in one op.
+
+    y = x w' + b + scale * (x down') up'
+
+Shapes: x (…, K), w (N, K), b (N) or None, down (R, K), up (N, R), y (…, N); M rows in all.
+Bytes, in elements, beside those of the plain linear: forward reads M·K + M·R and writes M·R, where the separate ops also read and write M·N
+three times over (product, scaling, sum). For a frozen w backward keeps x and x down' alone (x down' alone where down is frozen too), never the
+base's output; it reads w once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch.nn import functional as F
+
+from rewrite.kernels.op import Op
+
+#: a tile that every chip from sm_80 on holds; what was tuned on a chip goes beside it, by the chip's name
+CONFIGS = {"default": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}}
+#: chips on which the Triton body was measured to be faster than two products of cuBLAS: none has been measured yet
+MEASURED = frozenset()
+
+
+def reference(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
+    return F.linear(x, w, b) + scale * F.linear(F.linear(x, down), up)
+
+
+@triton.jit
+def product_plus_low_rank(
+    A, B, P, Q, BIAS, OUT, scale, M, N, K,
+    a_m, a_k, b_k, b_n, p_m, p_r, q_r, q_n, out_m,
+    R: tl.constexpr, BLOCK_R: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """OUT (M, N) = A (M, K) B (K, N) + scale * P (M, R) Q (R, N) + BIAS (N), summed in float32 and rounded once."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inner, rank = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
+    p = tl.load(P + row[:, None] * p_m + rank[None, :] * p_r, mask=(row[:, None] < M) & (rank[None, :] < R), other=0.0)
+    q = tl.load(Q + rank[:, None] * q_r + column[None, :] * q_n, mask=(rank[:, None] < R) & (column[None, :] < N), other=0.0)
+    total = tl.dot(p, q, input_precision="ieee") * scale
+    for start in range(0, K, BLOCK_K):
+        k = start + inner
+        a = tl.load(A + row[:, None] * a_m + k[None, :] * a_k, mask=(row[:, None] < M) & (k[None, :] < K), other=0.0)
+        b = tl.load(B + k[:, None] * b_k + column[None, :] * b_n, mask=(k[:, None] < K) & (column[None, :] < N), other=0.0)
+        total = tl.dot(a, b, total, input_precision="ieee")
+    if HAS_BIAS:
+        total += tl.load(BIAS + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
+    tl.store(OUT + row[:, None] * out_m + column[None, :], total.to(OUT.dtype.element_ty), mask=(row[:, None] < M) & (column[None, :] < N))
+
+
+def fused_product(a, b, p, q, bias, scale, config=None):
+    """a @ b + scale * p @ q + bias by the Triton body; matrices of any strides."""
+    (m, k), n, rank = a.shape, b.shape[1], p.shape[1]
+    out = a.new_empty(m, n)
+    if not out.numel():
+        return out
+    config = config or CONFIGS["default"]
+    grid = (triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(n, config["BLOCK_N"]))
+    strides = (*a.stride(), *b.stride(), *p.stride(), *q.stride(), out.stride(0))
+    product_plus_low_rank[grid](a, b, p, q, bias if bias is not None else out, out, scale, m, n, k, *strides, R=rank, BLOCK_R=block_of(rank), HAS_BIAS=bias is not None, **config)
+    return out
+
+
+def block_of(rank):
+    """The ranks that a tile holds: a power of two that the matrix units take."""
+    return max(16, triton.next_power_of_2(rank))
+
+
+def plain_product(a, b, p, q, bias, scale):
+    """The same by the library's products; the second adds to the first in place."""
+    out = a @ b if bias is None else torch.addmm(bias, a, b)
+    return out.addmm_(p, q, alpha=scale)
+
+
+def product_of(x, rank):
+    """Which of the two runs here."""
+    known = x.is_cuda and rank <= 64 and torch.cuda.get_device_name(x.device) in MEASURED
+    return fused_product if known else plain_product
+
+
+class _LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, b, down, up, scale, product):
+        rows = x.reshape(-1, x.shape[-1])
+        h = rows @ down.mT
+        needs_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
+        ctx.save_for_backward(rows if needs_x else None, h, w, down, up)
+        ctx.scale, ctx.product, ctx.lead = scale, product, x.shape[:-1]
+        return product(rows, w.mT, h, up.mT, b, scale).view(*x.shape[:-1], w.shape[0])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        rows, h, w, down, up = ctx.saved_tensors
+        found = gradients(grad.reshape(-1, grad.shape[-1]), rows, h, w, down, up, ctx.scale, ctx.needs_input_grad, ctx.product)
+        dx = found[0] if found[0] is None else found[0].view(*ctx.lead, -1)
+        return dx, *found[1:], None, None
+
+
+def gradients(g, x, h, w, down, up, scale, needs, product=plain_product):
+    """Gradients of x, w, b, down, up for rows g, those that are needed: scale * (g up) is made once for x and down."""
+    dx = dw = db = ddown = dup = None
+    if needs[0] or needs[3]:
+        back = (g @ up).mul_(scale)
+        dx = product(g, w, back, down, None, 1.0) if needs[0] else None
+        ddown = back.mT @ x if needs[3] else None
+    if needs[1]:
+        dw = g.mT @ x
+    if needs[2]:
+        db = g.sum(0)
+    if needs[4]:
+        dup = (g.mT @ h).mul_(scale)
+    return dx, dw, db, ddown, dup
+
+
+def launch(x, w, b, down, up, scale, product=None):
+    if torch.compiler.is_compiling():  # what is exported must be readable without us, and on a CPU the compiler fuses better
+        return reference(x, w, b, down, up, scale) if torch.compiler.is_exporting() or not x.is_cuda else lora_linear.overload(x, w, b, down, up, scale)
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):  # each operand is cast once, for all products that read it
+        dtype = torch.get_autocast_dtype(kind)
+        x, w, b, down, up = (t if t is None else t.to(dtype) for t in (x, w, b, down, up))
+        with torch.autocast(kind, enabled=False):
+            return launch(x, w, b, down, up, scale, product)
+    return _LoRALinear.apply(x, w, b, down, up, scale, product or product_of(x, down.shape[0]))
+
+
+def _keep(ctx, inputs, output):
+    x, w, _, down, up, ctx.scale = inputs
+    ctx.save_for_backward(x, w, down, up)
+
+
+def _backward(ctx, grad):
+    x, w, down, up = ctx.saved_tensors
+    rows, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    found = gradients(g, rows, rows @ down.mT, w, down, up, ctx.scale, ctx.needs_input_grad)
+    return found[0] if found[0] is None else found[0].view(x.shape), *found[1:], None
+
+
+lora_linear = Op(reference, launch).differentiates(_keep, _backward)

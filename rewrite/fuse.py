@@ -1,0 +1,47 @@
+"""Fusing: each occurrence of an op's reference becomes one node, whose target carries the reference.
+
+A node made here remembers in `meta["fused"]` the names of the captured nodes that it stands for.
+"""
+
+from .errors import Refused
+from .occurrence import occurrences, patterns
+
+
+def fuse(edit, ops):
+    """Fuse a graph; `ops` are pairs of an op and a small tensor for each of its tensor arguments. Returns the sites, [(path, op)].
+
+    What passes have made and no op covers goes to `edit.declined` with the reason. Raises Refused where there is nothing to fuse at all.
+    """
+    graph = edit.graph
+    variants = edit.memo.setdefault(("patterns", edit.step.place), [p for op, values in ops for p in patterns(op, values)])
+    found, reasons = occurrences(graph.fx, variants)
+    sites = []
+    for occurrence in found:
+        root = occurrence.root
+        near = next((n for n in (root, *occurrence.inner) if "site" in n.meta), root)
+        captured = tuple(n.name for n in (*occurrence.inner, root) if "made" not in n.meta)
+        with graph.fx.inserting_before(root):
+            node = graph.fx.call_function(occurrence.op.overload, occurrence.args)
+        node.meta = {**near.meta, "made": edit.kind, "role": f"made.{edit.kind}", "fused": captured, "val": root.meta["val"]}
+        root.replace_all_uses_with(node)
+        for old in (root, *sorted(occurrence.inner, reverse=True)):
+            graph.fx.erase_node(old)
+        sites.append((near.meta.get("site", near.meta.get("path", "")), occurrence.op.name))
+    edit.by_name = {node.name: node for node in graph.nodes}
+    edit.restructured = True
+    edit.declined += _left(graph, reasons)
+    if not sites and (edit.main or graph.is_inner):
+        shown = "\n".join(f"{path}: {reason}" for path, reason in edit.declined[:5])
+        raise Refused(f"{edit.step.place}: {edit.kind}: nothing to fuse.\n{shown}\nLeave the pass out.")
+    return sites
+
+
+def _left(graph, reasons):
+    """(site, reason) for each addition of a pass that stays as it is."""
+    left = {}
+    for node in graph.nodes:
+        if "site" in node.meta and "fused" not in node.meta:
+            key = f"{node.meta['site']} + {node.meta['made']}"
+            if node in reasons or key not in left:
+                left[key] = reasons.get(node, "no op stands for what was added there")
+    return list(left.items())

@@ -1,0 +1,154 @@
+"""Where a graph says what a kernel's reference says.
+
+    reference, traced:  y = linear(x, w, b) + scale * linear(linear(x, down), up)
+    graph:              %add = add(%linear, %mul)  …                                 -->  Occurrence(%add, (x, w, b, down, up, 8.0))
+
+No language of patterns: a reference is traced once for each variant (with a bias and without), its literals stand for whatever number the graph
+has there, sums and products are tried both ways. A part may not hold a value that is used outside of it. One look at each node, in graph order.
+"""
+
+import inspect
+import typing
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+COMMUTES = {torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor}
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """A traced variant of a reference: `root` gives its result, `names` maps placeholders to arguments, `literals` numbers to the arguments that they stand for."""
+
+    op: object
+    root: fx.Node
+    names: dict
+    literals: dict
+    arguments: tuple[str, ...]
+
+    @property
+    def size(self):
+        return len(self.root.graph.nodes)
+
+
+@dataclass(frozen=True, eq=False)
+class Occurrence:
+    """A pattern found: `root` is the node whose value it gives, `inner` the nodes that only it reads, `args` those of the op."""
+
+    op: object
+    root: fx.Node
+    inner: tuple[fx.Node, ...]
+    args: tuple
+
+
+class Differs(Exception):
+    """The graph says something else; the message says what."""
+
+
+def patterns(op, values):
+    """The variants of an op's reference: `values` gives a small tensor for each tensor argument; each that may be None is left out in one of them."""
+    signature = inspect.signature(op.reference, eval_str=True)
+    names = tuple(signature.parameters)
+    optional = [name for name, p in signature.parameters.items() if type(None) in typing.get_args(p.annotation)]
+    numbers = {name: 0.8125 + i / 4096 for i, (name, p) in enumerate(signature.parameters.items()) if p.annotation is float}
+    found = []
+    for absent in ((), *((name,) for name in optional)):
+        tensors = {name: values[name] for name in names if name in values and name not in absent}
+
+        def call(*given):
+            return op.reference(**dict(zip(tensors, given)), **dict.fromkeys(absent), **numbers)  # noqa: B023
+
+        graph = make_fx(call, pre_dispatch=True)(*tensors.values()).graph
+        placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+        root = next(iter(reversed(graph.nodes))).args[0]
+        found.append(Pattern(op, root, dict(zip(placeholders, tensors)), {value: name for name, value in numbers.items()}, names))
+    return found
+
+
+def occurrences(graph, found_patterns):
+    """(occurrences in graph order, larger patterns first; node → why the nearest pattern is not there, for each node that ends like one)."""
+    claimed, found, reasons = set(), [], {}
+    at = {}
+    for node in graph.nodes:
+        at.setdefault(node.target, []).append(node)
+    for pattern in sorted(found_patterns, key=lambda p: -p.size):
+        for node in at.get(pattern.root.target, ()):
+            if node in claimed:
+                continue
+            try:
+                occurrence = _match(pattern, node)
+                taken = next((n for n in (node, *occurrence.inner) if n in claimed), None)
+                if taken is not None:
+                    raise Differs(f"%{taken.name} is part of another one")
+            except Differs as reason:
+                reasons[node] = str(reason)
+                continue
+            claimed.update((node, *occurrence.inner))
+            found.append(occurrence)
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    return sorted(found, key=lambda o: order[o.root]), {node: reason for node, reason in reasons.items() if node not in claimed}
+
+
+def _match(pattern, root):
+    bound = _agree(pattern, pattern.root, root, {})
+    values = {pattern.names[p]: node for p, node in bound.items() if p in pattern.names} | {name: bound[number] for number, name in pattern.literals.items() if number in bound}
+    inner = tuple(node for p, node in bound.items() if isinstance(p, fx.Node) and p not in pattern.names and node is not root)
+    inside = {root, *inner}
+    for node in inner:
+        other = next((user for user in node.users if user not in inside), None)
+        if other is not None:
+            raise Differs(f"%{node.name} is read by %{other.name} too")
+    outer = next((node for name, node in values.items() if isinstance(node, fx.Node) and node in inside), None)
+    if outer is not None:
+        raise Differs(f"%{outer.name} is both made and read by it")
+    return Occurrence(pattern.op, root, inner, tuple(values.get(name) for name in pattern.arguments))
+
+
+def _agree(pattern, wanted, node, bound):
+    """`bound` with what makes a node of the pattern and one of the graph the same."""
+    if isinstance(wanted, float) and wanted in pattern.literals:
+        if not isinstance(node, (int, float)) or isinstance(node, bool):
+            raise Differs(f"{node} stands where a number should")
+        if bound.setdefault(wanted, float(node)) != float(node):
+            raise Differs(f"{node} and {bound[wanted]} should be one number")
+        return bound
+    if not isinstance(wanted, fx.Node):
+        if type(wanted) is not type(node) or wanted != node:
+            raise Differs(f"{node} stands in place of {wanted}")
+        return bound
+    if not isinstance(node, fx.Node):
+        raise Differs(f"{node} stands in place of a tensor")
+    if wanted in bound:
+        if bound[wanted] is not node:
+            raise Differs(f"%{node.name} and %{bound[wanted].name} should be one value")
+        return bound
+    if wanted in pattern.names:
+        if not isinstance(node.meta.get("val"), torch.Tensor):
+            raise Differs(f"%{node.name} is not a tensor")
+        return {**bound, wanted: node}
+    if node.op != "call_function" or node.target is not wanted.target:
+        raise Differs(f"%{node.name} stands in place of {wanted.target}")
+    args, kwargs = _bare(node)
+    theirs, named = _bare(wanted)
+    if len(args) != len(theirs) or kwargs or named:
+        raise Differs(f"%{node.name} has other arguments than {wanted.target}")
+    first = None
+    for order in (args, args[::-1]) if wanted.target in COMMUTES and len(args) == 2 else (args,):
+        try:
+            now = {**bound, wanted: node}
+            for ours, given in zip(theirs, order):
+                now = _agree(pattern, ours, given, now)
+            return now
+        except Differs as reason:
+            first = first or reason
+    raise first
+
+
+def _bare(node):
+    """Arguments without what says nothing: None at the end."""
+    args, kwargs = list(node.args), {k: v for k, v in node.kwargs.items() if v is not None}
+    while args and args[-1] is None:
+        args.pop()
+    return args, kwargs
