@@ -1,5 +1,6 @@
 # make demo    a real pretrained model from graph to trained adapter to ONNX      (ARGS="--all" for every way)
 # make test    the whole suite
+# make aot     the Triton bodies compiled for sm_80, sm_90 and sm_100: registers, spills, shared memory; needs no GPU
 # make clean   forget the virtual environment and what the demo wrote
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
@@ -9,7 +10,7 @@ WORKERS ?= 2
 ARGS ?=
 INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test clean
+.PHONY: demo test aot clean
 
 # GNU OpenMP's threads wait for each other in a busy loop. On two cores with anything else running, a training step then took 1,800 ms
 # instead of 95; told to wait for a moment only, they lose nothing much on an idle machine (39 ms a step instead of 37).
@@ -18,6 +19,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) $(ARGS)
+
+aot: $(VENV)/installed-test
+	TRITON_DEFAULT_FP_FUSION=1 $(VENV)/bin/python tests/aot.py
 
 clean:
 	rm -rf $(VENV) demo-out examples/out

@@ -29,19 +29,23 @@ def reference(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, down: to
 def product_plus_low_rank(
     A, B, P, Q, BIAS, OUT, scale, M, N, K,
     a_m, a_k, b_k, b_n, p_m, p_r, q_r, q_n, out_m,
-    R: tl.constexpr, BLOCK_R: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    R: tl.constexpr, BLOCK_R: tl.constexpr, HAS_BIAS: tl.constexpr, WIDEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """OUT (M, N) = A (M, K) B (K, N) + scale * P (M, R) Q (R, N) + BIAS (N), summed in float32 and rounded once."""
+    """OUT (M, N) = A (M, K) B (K, N) + scale * P (M, R) Q (R, N) + BIAS (N), summed in float32 and rounded once. WIDEN: multiply in float32 too."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inner, rank = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
     p = tl.load(P + row[:, None] * p_m + rank[None, :] * p_r, mask=(row[:, None] < M) & (rank[None, :] < R), other=0.0)
     q = tl.load(Q + rank[:, None] * q_r + column[None, :] * q_n, mask=(rank[:, None] < R) & (column[None, :] < N), other=0.0)
+    if WIDEN:
+        p, q = p.to(tl.float32), q.to(tl.float32)
     total = tl.dot(p, q, input_precision="ieee") * scale
     for start in range(0, K, BLOCK_K):
         k = start + inner
         a = tl.load(A + row[:, None] * a_m + k[None, :] * a_k, mask=(row[:, None] < M) & (k[None, :] < K), other=0.0)
         b = tl.load(B + k[:, None] * b_k + column[None, :] * b_n, mask=(k[:, None] < K) & (column[None, :] < N), other=0.0)
+        if WIDEN:
+            a, b = a.to(tl.float32), b.to(tl.float32)
         total = tl.dot(a, b, total, input_precision="ieee")
     if HAS_BIAS:
         total += tl.load(BIAS + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
@@ -56,8 +60,9 @@ def fused_product(a, b, p, q, bias, scale, config=None):
         return out
     config = config or CONFIGS["default"]
     grid = (triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(n, config["BLOCK_N"]))
+    widen = a.dtype == torch.bfloat16 and triton.knobs.runtime.interpret  # the interpreter multiplies the bits of bfloat16
     strides = (*a.stride(), *b.stride(), *p.stride(), *q.stride(), out.stride(0))
-    product_plus_low_rank[grid](a, b, p, q, bias if bias is not None else out, out, scale, m, n, k, *strides, R=rank, BLOCK_R=block_of(rank), HAS_BIAS=bias is not None, **config)
+    product_plus_low_rank[grid](a, b, p, q, bias if bias is not None else out, out, scale, m, n, k, *strides, R=rank, BLOCK_R=block_of(rank), HAS_BIAS=bias is not None, WIDEN=widen, enable_fp_fusion=True, **config)
     return out
 
 
@@ -93,7 +98,7 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx, grad):
         rows, h, w, down, up = ctx.saved_tensors
         found = gradients(grad.reshape(-1, grad.shape[-1]), rows, h, w, down, up, ctx.scale, ctx.needs_input_grad, ctx.product)
-        dx = found[0] if found[0] is None else found[0].view(*ctx.lead, -1)
+        dx = found[0] if found[0] is None else found[0].view(*ctx.lead, w.shape[1])
         return dx, *found[1:], None, None
 
 

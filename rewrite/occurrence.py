@@ -44,7 +44,11 @@ class Occurrence:
 
 
 class Differs(Exception):
-    """The graph says something else; the message says what."""
+    """The graph says something else; the message says what, `depth` how much was alike before."""
+
+    def __init__(self, message, depth):
+        super().__init__(message)
+        self.depth = depth
 
 
 def patterns(op, values):
@@ -81,14 +85,15 @@ def occurrences(graph, found_patterns):
                 occurrence = _match(pattern, node)
                 taken = next((n for n in (node, *occurrence.inner) if n in claimed), None)
                 if taken is not None:
-                    raise Differs(f"%{taken.name} is part of another one")
+                    raise Differs(f"%{taken.name} is part of another one", pattern.size)
             except Differs as reason:
-                reasons[node] = str(reason)
+                if node not in reasons or reason.depth > reasons[node].depth:
+                    reasons[node] = reason
                 continue
             claimed.update((node, *occurrence.inner))
             found.append(occurrence)
     order = {node: i for i, node in enumerate(graph.nodes)}
-    return sorted(found, key=lambda o: order[o.root]), {node: reason for node, reason in reasons.items() if node not in claimed}
+    return sorted(found, key=lambda o: order[o.root]), {node: str(reason) for node, reason in reasons.items() if node not in claimed}
 
 
 def _match(pattern, root):
@@ -99,10 +104,10 @@ def _match(pattern, root):
     for node in inner:
         other = next((user for user in node.users if user not in inside), None)
         if other is not None:
-            raise Differs(f"%{node.name} is read by %{other.name} too")
+            raise Differs(f"%{node.name} is read by %{other.name} too", len(bound))
     outer = next((node for name, node in values.items() if isinstance(node, fx.Node) and node in inside), None)
     if outer is not None:
-        raise Differs(f"%{outer.name} is both made and read by it")
+        raise Differs(f"%{outer.name} is both made and read by it", len(bound))
     return Occurrence(pattern.op, root, inner, tuple(values.get(name) for name in pattern.arguments))
 
 
@@ -110,31 +115,31 @@ def _agree(pattern, wanted, node, bound):
     """`bound` with what makes a node of the pattern and one of the graph the same."""
     if isinstance(wanted, float) and wanted in pattern.literals:
         if not isinstance(node, (int, float)) or isinstance(node, bool):
-            raise Differs(f"{node} stands where a number should")
+            raise Differs(f"{node} stands where a number should", len(bound))
         if bound.setdefault(wanted, float(node)) != float(node):
-            raise Differs(f"{node} and {bound[wanted]} should be one number")
+            raise Differs(f"{node} and {bound[wanted]} should be one number", len(bound))
         return bound
     if not isinstance(wanted, fx.Node):
         if type(wanted) is not type(node) or wanted != node:
-            raise Differs(f"{node} stands in place of {wanted}")
+            raise Differs(f"{node} stands in place of {wanted}", len(bound))
         return bound
     if not isinstance(node, fx.Node):
-        raise Differs(f"{node} stands in place of a tensor")
+        raise Differs(f"{node} stands in place of a tensor", len(bound))
     if wanted in bound:
         if bound[wanted] is not node:
-            raise Differs(f"%{node.name} and %{bound[wanted].name} should be one value")
+            raise Differs(f"%{node.name} and %{bound[wanted].name} should be one value", len(bound))
         return bound
     if wanted in pattern.names:
         if not isinstance(node.meta.get("val"), torch.Tensor):
-            raise Differs(f"%{node.name} is not a tensor")
+            raise Differs(f"%{node.name} is not a tensor", len(bound))
         return {**bound, wanted: node}
     if node.op != "call_function" or node.target is not wanted.target:
-        raise Differs(f"%{node.name} stands in place of {wanted.target}")
+        raise Differs(f"%{node.name} stands in place of {wanted.target}", len(bound))
     args, kwargs = _bare(node)
     theirs, named = _bare(wanted)
     if len(args) != len(theirs) or kwargs or named:
-        raise Differs(f"%{node.name} has other arguments than {wanted.target}")
-    first = None
+        raise Differs(f"%{node.name} has other arguments than {wanted.target}", len(bound))
+    nearest = None
     for order in (args, args[::-1]) if wanted.target in COMMUTES and len(args) == 2 else (args,):
         try:
             now = {**bound, wanted: node}
@@ -142,8 +147,8 @@ def _agree(pattern, wanted, node, bound):
                 now = _agree(pattern, ours, given, now)
             return now
         except Differs as reason:
-            first = first or reason
-    raise first
+            nearest = reason if nearest is None or reason.depth > nearest.depth else nearest
+    raise nearest
 
 
 def _bare(node):

@@ -135,12 +135,13 @@ class Work:
         elif isinstance(step, Form):
             beside(self, step)
         else:
+            _refuse_fused(step, self.graphs)
             self.step(step, _picked(step, self.found, self.inner))
 
     def step(self, step, picked, choices=None):
         """One step at the sites `picked`, one list a graph; `choices` are those of a mixing pass, one dict a graph."""
         start, before = time.perf_counter(), Size.of(self.graphs[0].root)
-        reason = step.options.requires(self.graphs[0]) or _fused(step, self.graphs)
+        reason = step.options.requires(self.graphs[0])
         if reason:
             raise Refused(f"{step.place}: {step.method}: {reason}")
         kind = Edit if step.members is None else RowsEdit
@@ -159,12 +160,12 @@ class Work:
         self.report.applied.append(Applied(step.method, step.name, step.place, sites, refused, before, Size.of(self.graphs[0].root), time.perf_counter() - start))
 
 
-def _fused(step, graphs):
-    """Why a step cannot follow one that has fused operations, or None: their sites are no longer there. The whole model still is."""
+def _refuse_fused(step, graphs):
+    """Where operations are fused their sites are no longer there for a step to find. The whole model still is."""
     fused = next((node for graph in graphs for node in graph.nodes if "fused" in node.meta), None)
-    if fused is None or (step.where == "model" and hasattr(step.options, "apply")):
-        return None
-    return f"{fused.target._schema.name.partition('::')[2]} stands where it would look for linears. Fuse last: leave fuse out before it, or put it behind."
+    if fused is not None and not (step.where == "model" and hasattr(step.options, "apply")):
+        op = fused.target._schema.name.partition("::")[2]
+        raise Refused(f"{step.place}: {step.method}: {op} stands where it would look for linears. Fuse last: leave fuse out before it, or put it behind.")
 
 
 def _refuse_derived(form):
