@@ -5,6 +5,7 @@
     y + sum_n g_n * (y_n - y)        g_n = mean over tokens of sigmoid(gate_n · x)
 
 x is what the sub-layer around the value reads. Methods and gates train together; of a prefix, the gate weighs the keys and values in front.
+A mean over all tokens is for encoders: a model that decodes token by token would see other gates there than in training.
 Mao et al. 2021, arXiv:2110.07577.
 """
 
@@ -19,6 +20,7 @@ from rewrite.contract import Pass
 @dataclass(frozen=True)
 class UniPELT(Pass):
     drift = None  # with a prefix among the methods
+    whole_sequence = True
     example = {}
     shown_over = (
         {"pass": "lora", "where": "attention.{q,v}", "rank": 4},

@@ -464,10 +464,17 @@ def test_two_prefixes_side_by_side_are_refused():
 
 @pytest.mark.parametrize("name", ["mam", "s4", "unipelt", "adapter_fusion"])
 def test_examples_fit_models_of_other_depths(name):
-    config = T.LlamaConfig(vocab_size=20, hidden_size=24, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, intermediate_size=56)
-    live = rewrite(T.LlamaForCausalLM(config), Path(__file__).parent.parent / "examples" / f"{name}.json")
-    ids = torch.arange(3, 17).reshape(2, 7)
-    live(input_ids=ids, labels=ids).loss.backward()
+    path, ids = Path(__file__).parent.parent / "examples" / f"{name}.json", torch.arange(3, 17).reshape(2, 7)
+    sizes = dict(vocab_size=20, hidden_size=24, num_hidden_layers=4, num_attention_heads=4, intermediate_size=56)
+    decoder = T.LlamaForCausalLM(T.LlamaConfig(**sizes, num_key_value_heads=2))
+    if name == "unipelt":
+        with pytest.raises(Refused, match="looks at all tokens of a sequence at once, and this model also decodes"):
+            rewrite(decoder, path)
+        live = rewrite(T.BertForSequenceClassification(T.BertConfig(**sizes)), path)
+        live(input_ids=ids, labels=torch.tensor([0, 1])).loss.backward()
+    else:
+        live = rewrite(decoder, path)
+        live(input_ids=ids, labels=ids).loss.backward()
     trained = {path: p for path, p in live.named_parameters() if p.requires_grad}
     assert trained and all(p.grad is not None and p.grad.isfinite().all() for p in trained.values())
     if name == "s4":
