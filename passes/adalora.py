@@ -5,8 +5,8 @@
     y = linear(x, w, b) + alpha/rank * linear(scale * linear(x, down), up)
 
 While training, every triplet (a row of `down`, its scale, a column of `up`) is scored by how much the loss would feel its loss, and the scales
-of the least important are set to zero, until `target` triplets are left for each site on average (`compact(live)` then leaves the others out). A
-penalty keeps the vectors orthogonal.
+of the least important are set to zero, until `target` are left for each site on average; `compact(live)` then leaves the others out. A penalty
+keeps the vectors orthogonal.
 Zhang et al. 2023, arXiv:2303.10512.
 """
 
@@ -18,6 +18,7 @@ from pydantic import Field
 from torch.nn import functional as F
 
 from rewrite.contract import Pass
+
 TRIPLET = ("down", "scale", "up")
 
 
@@ -48,9 +49,8 @@ class AdaLoRA(Pass):
         if self.target > self.rank:
             raise ValueError(f"target {self.target} is above rank {self.rank}")
 
-    def refuse(self, w, kind):
-        if kind != "linear":
-            return f"its vectors fit linears, not {kind}"
+    def refuse(self, kind):
+        return None if kind == "linear" else f"its vectors fit linears, not {kind}"
 
     def params(self, w):
         out_dim, in_dim = w.shape
@@ -95,6 +95,7 @@ class AdaLoRA(Pass):
             site.scale.masked_fill_(site.cut, 0.0)
 
     def compacted(self, site):
-        left = (~site.cut | (site.scale != 0)).nonzero().flatten()
+        left = (~site.cut | (site.scale != 0)).nonzero().flatten()  # what was cut may have grown again since
         rows = {name: getattr(site, name).index_select(-1 if name.endswith("up") else 0, left) for name in site.names}
-        return ({"rank": len(left), "target": min(self.target, len(left)), "alpha": self.alpha * len(left) / self.rank}, rows) if len(left) else None
+        n = len(left)
+        return ({"rank": n, "target": min(self.target, n), "alpha": self.alpha * n / self.rank}, rows) if n else None
