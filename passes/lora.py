@@ -8,9 +8,10 @@
 Hu et al. 2021, arXiv:2106.09685; Hayou et al. 2024, arXiv:2402.12354.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
+import torch
 from pydantic import Field
 from torch.nn import functional as F
 
@@ -47,3 +48,9 @@ class LoRA(Pass):
 
     def groups(self):
         return {"up": self.lr_ratio} if self.lr_ratio != 1 else {}
+
+    def combined(self, parts):
+        """The sum of what they do: the ranks side by side, each `down` scaled by its weight."""
+        down = torch.cat([weight * options.alpha / options.rank * tensors["down"] for options, weight, tensors in parts])
+        up, rank = torch.cat([tensors["up"] for _, _, tensors in parts], -1), sum(options.rank for options, _, _ in parts)
+        return replace(self, rank=rank, alpha=float(rank)), {"down": down, "up": up}

@@ -9,7 +9,7 @@ from types import ModuleType
 
 _HOMES = {
     "Broken": "errors", "compact": "compact", "Pass": "contract", "Refused": "errors", "RewriteError": "errors", "Spec": "spec", "SpecError": "errors",
-    "capture": "capture.model", "diff": "text", "export_onnx": "emit.onnx", "export_program": "emit.program", "kept": "backward", "load": "store", "merge": "pipeline",
+    "adapters": "adapters", "capture": "capture.model", "diff": "text", "export_onnx": "emit.onnx", "export_program": "emit.program", "kept": "backward", "load": "store", "merge": "pipeline",
     "rewrite": "pipeline", "roles": "roles.find", "save": "store", "show": "text", "source": "emit.live", "to_networkx": "text", "training": "training",
 }  # fmt: skip
 __all__ = list(_HOMES)

@@ -164,6 +164,12 @@ class Pass:
         """The methods of this pass that become nodes: its nouns, and those that thread a value from site to site."""
         return (*cls.nouns(), *(name for name in CARRIES if hasattr(cls, name)))
 
+    def combined(self, parts):
+        """(options, tensors) of the weighted sum of adapters at a site, or None. `parts`: (options, weight, name → tensor) of each; here the tensors' sum."""
+        if any(options != parts[0][0] for options, _, _ in parts):
+            return None
+        return parts[0][0], {name: sum(weight * tensors[name] for _, weight, tensors in parts) for name in parts[0][2]}
+
     @classmethod
     def nouns(cls):
         """The nouns that this pass defines, in the order of REPLACES."""

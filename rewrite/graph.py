@@ -88,6 +88,7 @@ class Graph:
     signature: object = None
     is_inner: bool = False
     captured: "Graph | None" = None
+    bare: "Graph | None" = None
     front: int = 0
 
     @property
@@ -125,6 +126,10 @@ class Graph:
         for parameter in root.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.clone()
+        return self.over(root)
+
+    def over(self, root):
+        """The same graphs anew over a tree."""
         main, *rest = (part.twin(root) for part in self.all())
         main.variants.update((part.name, part) for part in rest)
         return main

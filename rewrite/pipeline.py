@@ -55,6 +55,8 @@ def rewritten(graph, spec, base, *, donated=None, stored=()):
 
     donated: the model given, if it is not needed any more. stored: as for `rewrite_again`.
     """
+    if donated is None:
+        graph.bare = graph.over(None)
     if donated is not None:
         base.settle()  # hashed now: the tensors it would be made from later are about to change
     report = apply(graph, spec, donated=donated, stored=stored)
@@ -97,10 +99,19 @@ def apply(graph, spec, *, donated=None, stored=()):
     return report
 
 
-def _apply_steps(graph, steps, seed, report, donated=None, stored=()):
+def run_again(graph, steps, seed, report, kept):
+    """Apply steps to the captured graph of a live model over its own tree, where the tensors `kept` (paths) are there already."""
+    for parameter in graph.root.parameters():
+        parameter.requires_grad_(False)
+    _apply_steps(graph, steps, seed, report, kept=kept)
+    settle(report, graph.root)
+
+
+def _apply_steps(graph, steps, seed, report, donated=None, stored=(), kept=()):
     if any(step.options.lengthens for step in leaves(tuple(steps))):
         split(graph)
     work = Work(graph, seed, report, donated, dict(stored))
+    work.memo["kept"] = frozenset(kept)
     for number, step in enumerate(steps):
         step = placed(step, f"passes[{number}]")
         texts = [show(part) for part in work.graphs]  # for the picture in a Broken; 11 µs a node

@@ -52,16 +52,52 @@ def save(live, folder, format="rewrite", *, whole=False):
 
         _replace(folder, files(live, tensors))
         return folder
+    known = live.__dict__.get("_adapters")
+    if known is not None and set(known.steps) != set(known.active):
+        idle = ", ".join(sorted(set(known.steps) - set(known.active)))
+        raise Refused(f"save: adapters that are not in use ({idle}) would be left out. Use adapters(live).save(folder) for each in a folder of its own, or use or delete them first.")
+    return _written(live, folder, live.spec, tensors, dtype, same)
+
+
+def write(live, folder, spec, tensors):
+    """Write some tensors of a live model as if `spec` had made them: what `load` reads on the same base."""
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    _refuse_not_finite(tensors, "was not saved: did the training diverge?")
+    return _written(live, folder, spec, tensors, None, {})
+
+
+def read_folder(folder, base):
+    """(spec, name → tensor) of a folder that was saved on this base (a Fingerprint). Raises Refused where it was saved on another."""
+    _refuse_not_ours(folder)
+    record = _read_record(folder / ADAPTER)
+    wrong = record["base"].differences(base)
+    if wrong:
+        raise Refused(f"{folder}: was saved on another base: {wrong[0]}. Load the base that it was trained on.")
+    return _read_spec(folder / SPEC, record, ()), _read_tensors(folder / ADAPTER, record)
+
+
+def put_tensors(own, tensors, path):
+    """Write tensors that were read from `path` into those of a live model, name by name. Raises Refused where they are not the same ones."""
+    _refuse_names(path, tensors.keys(), own.keys(), own.keys())
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            raise Refused(f"{path}: {name} is {tuple(tensor.shape)}; here it is {tuple(own[name].shape)}.")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+
+
+def _written(live, folder, spec, tensors, dtype, derived):
     record = {
         "format": FORMAT,
-        "spec": live.spec.to_dict(full=True),
+        "spec": spec.to_dict(full=True),
         "dtype": dtype,
         "base": live._base.to_dict(),
-        "derived": {name: fact.to_list() for name, fact in same.items()},
+        "derived": {name: fact.to_list() for name, fact in derived.items()},
         "tensors": {name: fact.to_list() for name, fact in facts(tensors).items()},
     }
     content = safetensors.torch.save(tensors, {"rewrite": json.dumps(record, ensure_ascii=False, separators=(",", ":"))})
-    _replace(folder, {SPEC: live.spec.to_json().encode(), ADAPTER: content})
+    _replace(folder, {SPEC: spec.to_json().encode(), ADAPTER: content})
     return folder
 
 

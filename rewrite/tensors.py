@@ -210,8 +210,12 @@ class NewTensors:
         return result
 
     def _install(self, path, value):
-        self._free(path)
-        g.install(self.edit.graph.root, path, value.tensor if isinstance(value, Frozen) else nn.Parameter(value))
+        if path in self.memo["kept"]:  # an earlier run over this tree has made it
+            if not isinstance(value, Frozen):
+                g.attribute(self.edit.graph.root, path).requires_grad_(True)
+        else:
+            self._free(path)
+            g.install(self.edit.graph.root, path, value.tensor if isinstance(value, Frozen) else nn.Parameter(value))
         self.edit.made[path] = self.kind
         return path
 

@@ -7,6 +7,8 @@ from what lies between them (attention.py, branches.py). What is not recognised 
 from dataclasses import replace
 from fractions import Fraction
 
+from torch import nn
+
 from .affine import find_affine, union
 from .attention import find_attention, find_projections
 from .branches import Mlp, branches, find_residuals, find_routers, read_branch
@@ -249,7 +251,7 @@ class _Survey:
                 if parameter is tensor:  # a tied weight, called here
                     owner, name, module = called, own, here
         matrices = [p for p in module._parameters.values() if p is not None and p.dim() >= 2]
-        if len(matrices) == 1 and not module._modules:
+        if len(matrices) == 1 and all(type(child) is nn.Module for child in module._modules.values()):  # what passes have put on it is in plain ones
             return owner, owner, ""
         return f"{owner}.{name}" if owner else name, owner, name
 
