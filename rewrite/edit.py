@@ -177,9 +177,9 @@ class Edit:
         norm = next((n for n in add.users if n.target in _NORMS), None) if add is not None and len(add.users) == 1 else None
         return Region((add, norm), start) if norm is not None else None
 
-    def body(self, site):
-        """What the site does between its x and its y, passes so far included, as a region that can be run again; None where there is none."""
-        return body_of(self.handle(site, "x"), self.handle(site, "y"))
+    def body(self, site, weights=False):
+        """What the site does between its x and its y, passes so far included, as a region that can be run again (`body_of`); None where there is none."""
+        return body_of(self.handle(site, "x"), self.handle(site, "y"), weights)
 
     def reason(self, site, sites):
         """Why the pass declines a site, or None."""
@@ -277,6 +277,8 @@ class Edit:
         for name in options.writes(**self.given(site, options.writes)):
             self.own(self._stored(site, name))
         for name in options.no_grad:
+            if self.handle(site, name) is None:
+                raise Refused(f"{self.step.place}: {self.kind} at {site.name}: it has no {name}, above which backward would end.")
             without_grad(self.handle(site, name))
         if hasattr(options, "carry") and self.carried is None:
             self.carried = self.make(site, "start", paths), site
@@ -458,7 +460,7 @@ class Edit:
         if name == "f":
             return self.body(site)
         if name == "copy":
-            body = self.body(site)
+            body = self.body(site, weights=True)
             copies = self.new.copies(site, body)
             return Copied(body, {n: self.attribute(copies[n.target]) for n in body.reads if n.target in copies})
         return operation and Again(operation, name)

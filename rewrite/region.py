@@ -72,16 +72,39 @@ class Copied:
         return self.region.run(value, {n: known[self.own.get(n, n)] for n in self.region.reads}, training)
 
 
-def body_of(start, end):
-    """The Region from a value to one that is computed from it; None where there is none."""
+def body_of(start, end, weights=False):
+    """The Region from a value to one that is computed from it; None where there is none.
+
+    `weights`: what is computed from the model's tensors alone (a weight that an earlier pass has replaced) is part of it, not read.
+    """
     if start is None or end is None or start is end:
         return None
-    behind = between([start], end)
     ahead = {start}
-    for node in sorted(behind):
+    for node in sorted(between([start], end)):
         if any(source in ahead for source in node.all_input_nodes):
             ahead.add(node)
-    return Region(sorted(ahead - {start}), start) if end in ahead else None
+    if end not in ahead:
+        return None
+    todo = [source for node in ahead - {start} for source in node.all_input_nodes] if weights else []
+    while todo:
+        node = todo.pop()
+        if node not in ahead and node.op == "call_function" and not _depends_on_inputs(node):
+            ahead.add(node)
+            todo += node.all_input_nodes
+    return Region(sorted(ahead - {start}), start)
+
+
+def _depends_on_inputs(node):
+    """Is a value computed from the model's inputs, or their sizes, rather than from its tensors alone?"""
+    todo, seen = [node], set()
+    while todo:
+        node = todo.pop()
+        if node.op == "placeholder":
+            return True
+        fresh = [source for source in node.all_input_nodes if source not in seen]
+        seen.update(fresh)
+        todo += fresh
+    return False
 
 
 def between(starts, end):

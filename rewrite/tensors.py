@@ -45,13 +45,15 @@ class NewTensors:
     def copies(self, site, region):
         """Tensors of their own for a site's body, path in the model → path of the copy; they start as the base's values, and train.
 
-        Refused where the body reads none that could train (its weights are quantised, or folded into something else).
+        Refused where the body reads none that could train, or codes of quantised ones.
         """
         base = f"{self.base(site)}.copy"
         known = self.memo.setdefault(("copies", self.step.place, base), {})
         within = f"{site.owner}." if site.owner else ""
         for node in region.reads:
             value = g.attribute(self.edit.graph.root, node.target) if node.op == "get_attr" else None
+            if node.target in self.edit.made and not value.is_floating_point() and value.dim():
+                raise Refused(f"{self.step.place}: {self.kind} at {site}: its weights are quantised (@{node.target}), and a copy could not train them.")
             if isinstance(value, nn.Parameter) and value.is_floating_point() and node.target not in known:
                 known[node.target] = self._install(f"{base}.{node.target.removeprefix(within)}", value.detach().clone())
         if not known:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 import transformers as T
-from checks import TOYS, captured, close, model_of, rejects, rounding, tensor_of, wake
-from torch import fx
+from checks import TOYS, WrittenBlock, captured, close, model_of, rejects, rounding, tensor_of, wake
+from torch import fx, nn
 from torch.nn import functional as F
 
 from rewrite import Pass, Refused, Spec, kept, pipeline, rewrite, roles, show, source, training
@@ -170,6 +170,35 @@ def test_a_copy_trains_and_the_frozen_body_stays():
     rejects(reference=blend * gated_mlp(x, mlp) + (1 - blend) * gated_mlp(x, mlp), result=run_site(live, model_of("gated"), "mlp", 0, x), drift=EXACT)
     assert {path.partition(".copy.")[2] for path in live.report.made} == {"", "gate_proj.weight", "up_proj.weight", "down_proj.weight"}
     assert all(parameter.requires_grad == ("side_tuning" in name) for name, parameter in live.named_parameters())
+
+
+def test_a_copy_has_what_its_weights_are_computed_from():
+    """DoRA first: the side has a direction, a magnitude and a base weight of its own, and nothing of the frozen body moves with them."""
+    side = {"pass": "side_tuning", "where": "mlp"}
+    live = wake(live_of("gated", {"pass": "dora", "where": "mlp.up", "rank": 2}, side).double())
+    own = [path for path in live.report.made if ".copy." in path and "layers.0" in path]
+    assert len(own) == 6 and sum("dora" in path for path in own) == 3
+    with pytest.raises(Refused, match="its weights are quantised"):
+        live_of("gated", {"pass": "quantize", "where": "mlp.up"}, side)
+
+
+class Towers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lower, self.upper = (nn.ModuleList(WrittenBlock() for _ in range(2)) for _ in range(2))
+
+    def forward(self, x):
+        for block in (*self.lower, *self.upper):
+            x = block(x)
+        return x
+
+
+def test_a_carried_value_stays_in_one_list_of_blocks():
+    x = torch.randn(2, 7, 24)
+    with pytest.raises(Refused, match="lower.1 and upper.0 lie in different lists of blocks"):
+        rewrite(Towers(), {"passes": [{"pass": "lst", "width": 8}]}, example=(x,))
+    live = rewrite(Towers(), {"passes": [{"pass": "lst", "where": {"role": "block", "path": "upper.*"}, "width": 8}]}, example=(x,))
+    assert not any("lower" in path for path in live.report.made)
 
 
 # ---- parts without gradients ---------------------------------------------------------------------------------------------
