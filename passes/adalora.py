@@ -96,6 +96,5 @@ class AdaLoRA(Pass):
 
     def compacted(self, site):
         left = (~site.cut | (site.scale != 0)).nonzero().flatten()  # what was cut may have grown again since
-        rows = {name: getattr(site, name).index_select(-1 if name.endswith("up") else 0, left) for name in site.names}
-        n = len(left)
+        n, rows = len(left), {name: getattr(site, name).index_select(-1 if name.endswith("up") else 0, left) for name in site.names}
         return ({"rank": n, "target": min(self.target, n), "alpha": self.alpha * n / self.rank}, rows) if n else None
