@@ -10,6 +10,7 @@ they need:
     op(x, w)                the site's own operation with another weight, without bias
     mix(h, m)               m (out × rank) over the channels of h: a 1×1 convolution on a conv, one matrix per expert on experts
     f(x)                    the site's own body, frozen tensors and earlier passes included, on another x of any length
+    key_of(t) value_of(t)   the keys or values that an attention would make of other tokens, put where the input of its block stands
     copy(x)                 the same code on tensors of its own, which start as the base's values and train
     norm(y)                 what the norm after the residual add would give, had the sub-layer given y (post-norm models)
     block_x sublayer_x      further out: the input of the block, of the sub-layer (mlp, attention.block) around the site
@@ -63,7 +64,7 @@ import torch
 
 REPLACES = {"input": "x", "weight": "w", "bias": "b", "output": "y", "query": "q", "key": "k", "value": "v", "branch": "branch", "stream": "stream", "positions": "positions"}
 #: what a body may ask for beside handles and tensors: functions of the site, and facts of it
-FUNCTIONS = ("op", "mix", "norm", "f", "copy")
+FUNCTIONS = ("op", "mix", "norm", "f", "copy", "key_of", "value_of")
 FACTS = ("role", "index", "kind", "fan_in", "key_heads", "tied")
 #: values from further out
 OUTER = ("block_x", "sublayer_x", "embeds")

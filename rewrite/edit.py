@@ -15,7 +15,7 @@ from .calls.slots import CACHE
 from .contract import FACTS, FUNCTIONS, OUTER, REPLACES, has_default, wants
 from .derive import evaluated, let_go
 from .errors import Refused
-from .lengthen import growth, lengthen
+from .lengthen import growth, lengthen, made_of, not_made_of
 from .prompts import insert
 from .operation import Again, Operation
 from .region import Copied, Region, between, body_of
@@ -198,6 +198,9 @@ class Edit:
             if body is None:
                 return "there is nothing between its x and its y that could be run again"
             if (why := body.reason(self.caches)) is not None:
+                return why
+        for name in asked & {"key_of", "value_of"}:
+            if (why := not_made_of(self, site, name)) is not None:
                 return why
         if rows is not None and rows.listed is not None:
             return f"its {len(rows)} rows of the fused projection follow no regular pattern"
@@ -459,6 +462,8 @@ class Edit:
             return self.norm_after(site)
         if name == "f":
             return self.body(site)
+        if name in ("key_of", "value_of"):
+            return made_of(self, site, name)
         if name == "copy":
             body = self.body(site, weights=True)
             copies = self.new.copies(site, body)
@@ -478,6 +483,8 @@ class Edit:
             return self._part(site, value, self._dim(operation, name))
 
         def again(name, f, known, training):
+            if name in ("key_of", "value_of"):
+                return functools.partial(f.run, known=known, training=training)
             if name not in ("f", "copy"):
                 return functools.partial(f.run, known=known)
             return lambda value: self._part(site, f.run(value, known, training), self._dim(operation, "y"))

@@ -11,6 +11,7 @@ import torch
 from . import graph as g
 from .body import Body, signature
 from .errors import Refused
+from .region import body_of
 from .roles.dataflow import PRODUCTS, op_name
 
 _SDPA = torch.ops.aten.scaled_dot_product_attention.default
@@ -19,6 +20,7 @@ _NEUTRAL = {"add": 0, "add_": 0, "sub": 0, "mul": 1, "mul_": 1, "div": 1, "div_"
 _ALONE = frozenset("""
     softmax _softmax _safe_softmax dropout native_dropout to _to_copy type_as float contiguous clone detach neg nan_to_num clamp clamp_min clamp_max tanh
 """.split())  # fmt: skip
+_MANY = 1009  # tokens to try with: no size of a model
 _TELLING = frozenset({"masked_fill", "masked_fill_", "where"})  # whose other operands tell which places count
 
 
@@ -27,6 +29,49 @@ def in_front(prefix, of):
     at = prefix.dim() - 3
     heads = prefix.transpose(at, at + 1).unsqueeze(at + 1).expand(*[-1] * (at + 1), of.shape[1] // prefix.shape[-2], -1, -1).flatten(at, at + 1)
     return torch.cat([heads.to(of.dtype).expand(of.shape[0], -1, -1, -1), of], -2)
+
+
+class MadeOf:
+    """The keys or values that a site would make of other tokens, standing where its block's input does, as a function that a body may call."""
+
+    def __init__(self, region, is_turned):
+        self.region, self.is_turned = region, is_turned
+        self.reads, self.flagged = region.reads, region.flagged
+
+    @property
+    def static(self):
+        return (*self.region.static, self.is_turned)
+
+    def run(self, tokens, known, training=False):
+        made = self.region.run(tokens, known, training)
+        made = made.transpose(-1, -2) if self.is_turned else made
+        if made.dim() != 4 or (made.shape[0], made.shape[-2]) != tokens.shape[:2]:
+            raise ValueError(f"{tuple(tokens.shape)} tokens become {tuple(made.shape)}")
+        return made
+
+
+def made_of(edit, site, name):
+    """The MadeOf of `key_of` or `value_of`, or None where no block's input makes them."""
+    region = body_of(edit.outer(site, "block_x"), edit.handle(site, "k" if name == "key_of" else "v"))
+    return region and MadeOf(region, name == "key_of" and "k" in site.layout.turned)
+
+
+def not_made_of(edit, site, name):
+    """Why a site's keys or values cannot be made of other tokens, or None."""
+    made = made_of(edit, site, name)
+    if made is None:
+        return "there is no block around it whose input makes its keys and values"
+    if set(made.reads) & set(edit.caches):
+        return "its keys and values come out of a cache too, which holds those of tokens alone"
+    if (why := made.region.reason()) is not None:
+        return why
+    x = made.region.start.meta["val"]
+    with edit.fake_mode, torch.no_grad():
+        tokens = torch.empty(1, _MANY, x.shape[-1], dtype=x.dtype, device=x.device)
+        try:
+            made.run(tokens, {n: n.meta["val"] for n in made.reads})
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            return "its keys and values are made of where tokens stand too (turned by their positions), and a prompt stands nowhere"
 
 
 def growth(site, target, current, new):

@@ -2,7 +2,7 @@
 
     h = up(x); y = down(silu(h))   -->   f(x), and copy(x): the same code on tensors of its own
 
-Sizes follow the value that is handed in: a body that views `(batch, length, …)` serves another length too.
+Sizes follow the value that is handed in: a body that views `(batch, length, …)` serves another length too, one of a fixed number of tokens too.
 """
 
 import torch
@@ -11,6 +11,7 @@ from torch import fx
 from .graph import count, expression
 
 _SIZE = torch.ops.aten.sym_size.int
+_VIEWS = {torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default}
 
 
 class Region:
@@ -28,6 +29,14 @@ class Region:
         own = {expression(size): dim for dim, size in reversed(list(enumerate(start.meta["val"].shape))) if not isinstance(expression(size), int)}
         self.sizes = {n: own[e] for n in self.nodes if n.target is _SIZE and n.args[0] not in inside and (e := expression(n.meta["val"])) in own}
 
+        self.fixed = {n for n in self.nodes if n.target in _VIEWS and self._repeats_length(n)}
+
+    def _repeats_length(self, node):
+        """Does a view say a fixed number of tokens again, which stands behind the batch in what it views?"""
+        length = [expression(size) for size in self.start.meta["val"].shape[1:2]]
+        viewed = [expression(size) for size in node.args[0].meta["val"].shape[1:2]]
+        return self.start.meta["val"].dim() == 3 and isinstance(length[0], int) and viewed == length == list(node.args[1][1:2])
+
     @property
     def static(self):
         """What a traced body holds of it as constants, hashable."""
@@ -42,6 +51,8 @@ class Region:
                 env[node] = value.shape[self.sizes[node]]
                 continue
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: training if _is_flag(n) else env[n])
+            if node in self.fixed:
+                args = (args[0], [args[1][0], value.shape[1], *args[1][2:]])
             env[node] = node.target(*args, **kwargs)
         return env[self.nodes[-1]]
 

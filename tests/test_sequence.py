@@ -12,7 +12,7 @@ from models import build, example
 from torch import nn
 from torch.nn import functional as F
 
-from rewrite import Refused, SpecError, export_onnx, load, pipeline, rewrite, save
+from rewrite import Refused, Spec, SpecError, export_onnx, load, pipeline, rewrite, save
 
 PLACES = 5
 EXACT = rounding(torch.float64)
@@ -437,3 +437,30 @@ def test_p_tuning_v2_is_a_flat_prefix():
     live.get_parameter(paths[0]).data.neg_()
     rejects(reference=wrapped(**inputs).logits, result=live(**inputs).logits, drift=EXACT)
     assert live.get_parameter("classifier.weight").requires_grad
+
+
+def test_deep_vpt_by_inserted_tokens():
+    """From the paper: tokens behind [CLS] at the input of each block, those of the block before taken out."""
+    model, pixels = base("vit"), example("vit", 3)["pixel_values"].double()
+    live = rewrite(model, {"passes": [{"pass": "deep_vpt", "length": PLACES}, {"pass": "unfreeze", "where": "head"}]})
+    found = [live.get_parameter(path) for path in live.report.made]
+
+    def by_hand(prompts):
+        h = model.vit.embeddings(pixels)
+        for layer, prompt in zip(model.vit.layers, prompts, strict=True):
+            h = layer(torch.cat([h[:, :1], prompt.expand(3, -1, -1), h[:, 1:]], 1))
+            h = torch.cat([h[:, :1], h[:, 1 + PLACES :]], 1)
+        return model.classifier(model.vit.layernorm(h)[:, 0])
+
+    wanted, logits = by_hand(found), live(pixel_values=pixels).logits
+    close(reference=wanted, result=logits, drift=EXACT)
+    rejects(reference=by_hand(found[::-1]), result=logits, drift=EXACT)
+    grads = [torch.autograd.grad(each.square().sum(), found) for each in (wanted, logits)]
+    for theirs, mine in zip(*grads, strict=True):
+        close(reference=theirs, result=mine, drift=EXACT)
+    turning = captured(base("gpt_neox"))
+    turning.variants.clear()
+    with pytest.raises(Refused, match="turned by their positions"):
+        pipeline.apply(turning, Spec.parse({"passes": [{"pass": "deep_vpt", "length": 2}]}))
+    with pytest.raises(Refused, match="come out of a cache"):
+        rewrite(base("gpt2"), {"passes": [{"pass": "deep_vpt", "length": 2}]})
