@@ -15,8 +15,11 @@ from torch.nn import functional as F
 
 from rewrite.kernels.op import Op
 
-#: a tile that every chip from sm_80 on holds; what was tuned on a chip goes beside it, by the chip's name
-CONFIGS = {"default": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}}
+#: tiles that every chip from sm_80 on holds (float32 at rank 64 spills in the wider one); what was tuned on a chip goes beside them, by its name
+CONFIGS = {
+    "default": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
+    "float32": {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
+}
 #: chips on which the Triton body was measured to be faster than two products of cuBLAS: none has been measured yet
 MEASURED = frozenset()
 
@@ -58,7 +61,7 @@ def fused_product(a, b, p, q, bias, scale, config=None):
     out = a.new_empty(m, n)
     if not out.numel():
         return out
-    config = config or CONFIGS["default"]
+    config = config or CONFIGS["float32" if a.dtype == torch.float32 else "default"]
     grid = (triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(n, config["BLOCK_N"]))
     widen = a.dtype == torch.bfloat16 and triton.knobs.runtime.interpret  # the interpreter multiplies the bits of bfloat16
     strides = (*a.stride(), *b.stride(), *p.stride(), *q.stride(), out.stride(0))
