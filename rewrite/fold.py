@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from . import graph as g
+from .body import signature
 from .operation import Operation
 from .edit import names_of
 from .errors import Refused
@@ -177,9 +178,20 @@ def _adds_up(f, a, b):
 
 
 def _original(node, results):
-    """The value that a made node stands for at the entry of an op, where an `input` noun put it there; `results` of other ops stand for themselves."""
-    while "made" in node.meta and node.op != "get_attr" and node not in results:
-        node = next(a for a in node.all_input_nodes if a.op != "get_attr")
+    """The value that a made node stands for at the entry of an op, where an `input` noun put it there; `results` of other ops stand for themselves.
+
+    Of all that the noun reads it is the first one of the same shape; the node itself where there is none.
+    """
+    wanted, seen, todo = signature(node.meta.get("val")), set(), [node]
+    while todo:
+        found = todo.pop()
+        if found in seen or found.op == "get_attr":
+            continue
+        seen.add(found)
+        if "made" in found.meta and found not in results:
+            todo += reversed(found.all_input_nodes)
+        elif signature(found.meta.get("val")) == wanted:
+            return found
     return node
 
 

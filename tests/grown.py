@@ -259,12 +259,12 @@ def steps(draw, names, roles, number, where=None):
         if draw(st.booleans()):
             step[field.name] = draw(_values(part, schema, usual))
     if "where" in common(cls):
-        own = draw(st.booleans()) and (cls.role or "where" in cls.example) and where is None
+        own = draw(st.sampled_from([True, True, False])) and (cls.role or "where" in cls.example) and where is None
         step |= {} if own else {"where": where or draw(st.sampled_from(roles))}
         if not own and where is None and draw(st.booleans()):
             step["where"] = {"role": step["where"], "not": {"path": "blocks.1.**"}}
     if "allow_refusals" in common(cls):
-        step |= {"allow_refusals": draw(st.booleans())}
+        step |= {"allow_refusals": draw(st.sampled_from([True, True, False]))}
     before = draw(st.sampled_from([list(cls.shown_after), []]))
     return [{**one, "name": f"n{number}"} if "name" in common(CLASSES[one["pass"]]) else one for one in [*before, step]]
 

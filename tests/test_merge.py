@@ -186,6 +186,14 @@ def test_a_choice_between_alike_ones_does_not_merge():
         merge(live)
 
 
+def test_rows_with_adapters_of_their_own_do_not_merge():
+    """A gain on the input, picked by the number of the adapter: x is what is multiplied, not what picks."""
+    ia3 = {"pass": "ia3", "where": "attention.q", "side": "input"}
+    live = wake(rewrite(model_of("gated"), {"passes": [{"batch": {"a": [ia3], "b": [ia3]}}]}))
+    with pytest.raises(Refused, match="merge.*: cannot fold"):
+        merge(live)
+
+
 def test_partial_merges_the_rest():
     passes = [lora("attention.{q,v}"), {"pass": "adapter", "where": "mlp", "bottleneck": 5}]
     live = adapted("llama", *passes)
