@@ -70,7 +70,7 @@ def schema(found):
                 "default": 0,
                 "description": "Seeds the new tensors, with the path of their site.",
             },
-            "passes": {"type": "array", "items": _any_of([*plain, "parallel", "choose"])},
+            "passes": {"type": "array", "items": _any_of([*plain, "parallel", "choose", "batch"])},
         },
         "required": ["passes"],
         "additionalProperties": False,
@@ -89,7 +89,9 @@ def _forms(inner, mixing):
         return {"description": description, "type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
 
     steps = {"anyOf": [*_any_of([*inner, "parallel", "choose"])["anyOf"], {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/inner"}, "description": "These, one after the other."}]}
+    adapters = {"type": "object", "minProperties": 1, "propertyNames": _SHARED["name"], "additionalProperties": {"type": "array", "minItems": 1, "items": _any_of(inner)}}
     return {
+        "batch": form("Adapters by name: each row of a batch runs the steps of the one that the input adapter_ids says (its number here; -1: none).", batch=adapters),
         "inner": steps,
         "parallel": form("Each step sees the model as it is before all of them; the differences that they make to a value are added up.", parallel={"type": "array", "minItems": 2, "items": {"$ref": "#/$defs/inner"}}),
         "choose": form("Each step sees the model as it is before all of them; a mixing pass makes one value of theirs.", choose={"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/inner"}}, by=_any_of(mixing)),
