@@ -79,6 +79,13 @@ def difference(want, got):
     return None
 
 
+def spread(want, got):
+    """The largest difference of two outputs, beside their size."""
+    want, got = flat(want), flat(got)
+    found = [float((value - got[name]).abs().nan_to_num().max()) / (1 + float(value.abs().nan_to_num().max())) for name, value in want.items() if value.is_floating_point() and value.numel()]
+    return max(found, default=0.0)
+
+
 def words(failure):
     lines = [line for line in str(failure).strip().splitlines() if line.strip()]
     return f"{type(failure).__name__}: {' '.join(lines[:2])[:300]}"
@@ -125,6 +132,28 @@ class Judged:
         seed(number)
         return want, (live or self.live)(**copy.deepcopy(inputs))
 
+    def _apart(self, inputs, number=0, live=None):
+        """Where live model and original differ; None where they do not, or by the order of sums alone, which is noted.
+
+        Products round by how their arguments lie in memory, so a difference counts where it is there each time and in float64 too.
+        """
+        wrong = difference(*self._both(inputs, number, live))
+        if wrong is None or "differs by" not in wrong or not any(difference(*self._both(inputs, number, live)) is not None for _ in range(2)):
+            return wrong if wrong and "differs by" not in wrong else None
+        own, self.model = self.model, copy.deepcopy(self.model).double()
+        try:
+            exact = copy.deepcopy(live or self.live).double()
+            wide = {name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value for name, value in inputs.items()}
+            far = spread(*self._both(wide, number, exact))
+        except Exception:  # some kernels have no float64
+            return wrong
+        finally:
+            self.model = own
+        if far > 1e-11:
+            return wrong
+        self.found.setdefault("rounding", []).append(wrong)
+        return None
+
     def equal(self):
         """In eval mode at two other shapes, once without a cache and once as it is called by default."""
         narrowed = []
@@ -140,11 +169,10 @@ class Judged:
                     narrowed.append(f"{batch}×{length}: upstream refuses it: {words(failure)}")
                     continue
                 try:
-                    want, got = self._both(inputs)
+                    wrong = self._apart(inputs)
                 except Refused as refusal:
                     narrowed.append(f"{batch}×{length}: {words(refusal)}")
                     continue
-                wrong = difference(want, got)
                 if wrong:
                     return f"{batch}×{length}: {wrong}"
         if narrowed:
@@ -152,7 +180,7 @@ class Judged:
         if len(narrowed) == len(SHAPES):
             inputs = self.example or self.at(self.model, *_own(self.model))
             with torch.no_grad():
-                wrong = difference(*self._both(inputs))
+                wrong = self._apart(inputs)
             return f"at the shape of the example: {wrong}" if wrong else "ok"
         return "ok"
 
@@ -179,10 +207,10 @@ class Judged:
         try:
             model.train(), live.train()
             want, got = self._both(inputs, 7, live)
+            self.found["loss"] = "loss" in flat(want)
+            wrong = difference(want, got) and self._apart(inputs, 8, live)
         finally:
             self.model = own
-        self.found["loss"] = "loss" in flat(want)
-        wrong = difference(want, got)
         if wrong:
             return wrong
         buffers = dict(live.named_buffers())
@@ -218,11 +246,19 @@ class Judged:
             report = apply(graph, spec)
         except RewriteError as failure:
             return words(failure)
+        if not report.applied[0].sites:
+            return "no site"
         live = _live(graph, spec, report, None).eval()
         sites, refused = len(report.applied[0].sites), len(report.applied[0].refused)
         inputs = self._labelled()
-        with torch.no_grad():
-            wrong = difference(*self._both(inputs, 3, live))
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.model.requires_grad_(False)  # a product with a frozen weight may take another kernel
+        try:
+            with torch.no_grad():
+                wrong = self._apart(inputs, 3, live)
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
         if wrong:
             return f"not the same at init: {wrong}"
         if where == "attention.{q,v}" or not hasattr(self, "adapter"):
@@ -238,14 +274,22 @@ class Judged:
         if not isinstance(total, torch.Tensor):
             return "no output needs a gradient"
         total.backward()
-        without = [name for name, p in adapters.items() if p.grad is None]
+        idle = self._idle(inputs)
+        without = [name for name, p in adapters.items() if p.grad is None and name.split(".lora.")[0] not in idle]
         if without:
             return f"{len(without)} of {len(adapters)} adapter tensors get no gradient: {without[0]}"
         frozen = [name for name, p in live.named_parameters() if not p.requires_grad and p.grad is not None]
         if frozen:
             return f"frozen {frozen[0]} gets a gradient"
-        zero = sum(not p.grad.any() for p in adapters.values())
+        zero = sum(p.grad is None or not p.grad.any() for p in adapters.values())
         return f"ok: {sites} sites" + (f", {refused} refused" if refused else "") + (f", {zero} of {len(adapters)} gradients are zero" if zero else "")
+
+    def _idle(self, inputs):
+        """Paths of modules whose own weights get no gradient in the original either: nothing that it returns depends on them smoothly."""
+        model = copy.deepcopy(self.model).requires_grad_(True)
+        seed(3)
+        sum(value.double().square().mean() for value in flat(model(**copy.deepcopy(inputs))).values() if value.requires_grad).backward()
+        return {path for path, module in model.named_modules() if all(p.grad is None for p in module.parameters())}
 
     def generates(self):
         if not self.caching:

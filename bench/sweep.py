@@ -153,7 +153,9 @@ def main():
 
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    import rewrite.pipeline  # noqa: F401  what every child needs is imported once
+    import rewrite.passes.lora  # noqa: F401  what every child needs is imported once
+
+    from . import judged  # noqa: F401
 
     everything = (*plain(), *architectures())
     chosen = [e for e in everything if (not given.only or re.search(given.only, e.name)) and (not given.task or given.task in e.tasks)]

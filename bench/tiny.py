@@ -27,10 +27,12 @@ LARGEST = 120e6  # parameters
 VOCABULARY = 199
 
 # name of a number → what it becomes; the first that fits counts
+LAYERS = object()
 COUNTS = (
-    (r"(text_|char_)?vocab(ulary)?_size\w*|\w*_vocab_size|vocab_size_\w+|n_vocab|codebook_size", VOCABULARY),
+    (r"(text_|char_)?vocab(ulary)?_size\w*|\w*_vocab_size|vocab_size_\w+|n_vocab", VOCABULARY),
+    (r"codebook_size", 64),
     (r"max_position_embeddings|n_positions|max_(source|target)_positions|n_ctx|max_seq_len(gth)?|max_sequence_length|seq_length", 64),
-    (r"(num_|n_)?(\w*hidden_|encoder_|decoder_|num_encoder_|num_decoder_|num_text_|fusion_|\w+_)?(layers?|blocks)|n_layers?|depth|num_layers_\w+", 2),
+    (r"(num_|n_)?(\w*hidden_|encoder_|decoder_|num_encoder_|num_decoder_|num_text_|fusion_|\w+_)?(layers?|blocks)|n_layers?|depth|num_layers_\w+", LAYERS),
     (r"(num_)?(local_|routed_)?experts|n_routed_experts|moe_num_experts|num_local_experts|n_experts", 4),
     (r"num_experts_per_tok(en)?|num_selected_experts|moe_topk|moe_top_k|moe_k|top_k_experts|num_experts_per_token", 2),
     (r"n_group|topk_group|num_expert_groups?", 1),
@@ -49,11 +51,40 @@ WIDTHS = (
     (r"state_size|(mamba_)?d_state|\w*state_dim", 8),
 )
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-LEVELS = (COUNTS + HEADS + WIDTHS, COUNTS, COUNTS[:3], ())
+# (rules, layers): hybrids need more layers than two to have one of each kind
+LEVELS = ((COUNTS + HEADS + WIDTHS, 2), (COUNTS + HEADS + WIDTHS, 4), (COUNTS + HEADS + WIDTHS, 8), (COUNTS, 2), (COUNTS, 4), (COUNTS[:4], 2), ((), 0))
 IDS = re.compile(r"\w*(token|_id|index)\w*_(id|index|ids)|\w*token_id|\w+_token_index|\w*_token_ids?|eod_id|\w*_id")
 
 # what no name of a number tells, by the type of the config
-HINTS = {}
+_PERCEIVER = dict(d_latents=32, num_latents=8, num_blocks=1, num_self_attends_per_block=2, num_self_attention_heads=4, num_cross_attention_heads=1)
+HINTS = {
+    "bamba": dict(attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=8),
+    "deepseek_v2": dict(num_experts_per_tok=2, n_routed_experts=4, n_group=1, topk_group=1, first_k_dense_replace=1),
+    "dots1": dict(n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1, n_shared_experts=1),
+    "ernie4_5_vl_moe_text": dict(moe_num_experts=4, moe_k=2),
+    "esm": dict(esmfold_config=None, pad_token_id=0),
+    "gemma3n_text": dict(num_kv_shared_layers=0),
+    "gemma4_unified_text": dict(num_kv_shared_layers=0),
+    "gpt_neo": dict(attention_types=[[["global", "local"], 1]], num_layers=2),
+    "granitemoehybrid": dict(layer_types=["mamba", "attention"], num_hidden_layers=2, mamba_n_heads=8, mamba_d_head=8),
+    "hunyuan_v1_dense": dict(head_dim=8),
+    "hunyuan_v1_moe": dict(head_dim=8),
+    "hunyuan_vl_text": dict(head_dim=8),
+    "jamba": dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, num_hidden_layers=2, use_mamba_kernels=False),
+    "lfm2_moe": dict(layer_types=["conv", "full_attention"], num_hidden_layers=2, num_dense_layers=1),
+    "longcat_flash": dict(qk_nope_head_dim=8, qk_rope_head_dim=4, head_dim=4, num_key_value_heads=None),
+    "mamba2": dict(num_heads=8, head_dim=8, n_groups=2),
+    "ministral": dict(head_dim=8),
+    "mimo_v2_flash": dict(swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=8, swa_v_head_dim=8, head_dim=8, v_head_dim=8),
+    "musicgen_decoder": dict(num_codebooks=1),
+    "musicgen_melody_decoder": dict(num_codebooks=1),
+    "nemotron": dict(num_key_value_heads=2),
+    "perceiver": _PERCEIVER,
+    "qwen2_5_omni_thinker": {},
+    "recurrent_gemma": dict(num_hidden_layers=3, block_types=["recurrent", "recurrent", "attention"]),
+    "reformer": dict(is_decoder=True, axial_pos_shape=[4, 16], axial_pos_embds_dim=[8, 24], attn_layers=["local", "lsh"], num_hashes=1, hash_seed=0),
+    "xmod": dict(default_language="en_XX"),
+}
 
 
 @dataclass(frozen=True)
@@ -100,7 +131,7 @@ def tiny(architecture, accepts, seed=0):
     for level in range(len(LEVELS)):
         built = False
         try:
-            config = shrunk(config_class, LEVELS[level])
+            config = shrunk(config_class, *LEVELS[level])
             count = _parameters(kind, config)
             if count > LARGEST:
                 raise ValueError(f"{count / 1e6:.0f} million parameters at the sizes of upstream's defaults")
@@ -121,18 +152,20 @@ def _parameters(kind, config):
         return 0
 
 
-def shrunk(config_class, rules, given=None):
+def shrunk(config_class, rules, layers, given=None):
     """A config of this class with its numbers shrunk by the rules, and those of the configs in it."""
     fields = _fields(config_class)
     values = dict(given or {})
-    hints = dict(HINTS.get(getattr(config_class, "model_type", None), {}))
+    hints = dict(HINTS.get(getattr(config_class, "model_type", None), {})) if rules else {}
+    before = {len(values.get(name, default)) for name, default in fields.items() if isinstance(values.get(name, default), (list, tuple))}
+    before &= {values.get(name, default) for name, default in fields.items() if re.fullmatch(COUNTS[3][0], name) and isinstance(values.get(name, default), int)}
     for name, kind in (getattr(config_class, "sub_configs", None) or {}).items():
         if name not in hints and name in fields and inspect.isclass(kind) and hasattr(kind, "sub_configs") and kind.__name__ != "AutoConfig":
-            values[name] = shrunk(kind, rules).to_dict()
+            values[name] = shrunk(kind, rules, layers).to_dict()
         elif name not in hints and name in fields and kind.__name__ == "AutoConfig":
             default = getattr(config_class(), name, None)
             if default is not None:
-                values[name] = shrunk(type(default), rules, _other_than_default(default)).to_dict()
+                values[name] = shrunk(type(default), rules, layers, _other_than_default(default)).to_dict()
     used = 0
     for name, default in fields.items():
         number = values.get(name, default)
@@ -140,12 +173,21 @@ def shrunk(config_class, rules, given=None):
             continue
         for pattern, size in rules:
             if re.fullmatch(pattern, name):
-                values[name] = min(size, number) if number > 0 else number
+                values[name] = min(layers if size is LAYERS else size, number) if number > 0 else number
                 break
         else:
             if IDS.fullmatch(name) and number >= VOCABULARY and rules:
                 used += 1
                 values[name] = VOCABULARY - used
+    for name, default in fields.items():
+        listed = values.get(name, default)
+        if isinstance(listed, (list, tuple)) and len(listed) in before and rules:  # one entry a layer
+            values[name] = _some(listed, layers)
+    rope = getattr(config_class(), "rope_parameters", None) if rules and "rope_parameters" in fields else None
+    rope = values.get("rope_parameters") or rope
+    if isinstance(rope, dict) and "mrope_section" in rope and len(rules) > len(COUNTS):
+        half = int(8 * (rope.get("partial_rotary_factor") or 1)) // 2
+        values["rope_parameters"] = {**rope, "mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
     for name in ("depths", "num_hidden_layers", "num_layers"):
         if isinstance(fields.get(name), (list, tuple)) and rules:
             values[name] = [min(2, n) for n in fields[name]]
@@ -159,6 +201,13 @@ def shrunk(config_class, rules, given=None):
     if getattr(config, "is_encoder_decoder", False) and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = 0
     return config
+
+
+def _some(listed, count):
+    """So many entries of a list, one of each kind as far as there is room."""
+    kinds = sorted({str(entry): index for index, entry in reversed(list(enumerate(listed)))}.values())[:count]
+    rest = [index for index in range(len(listed)) if index not in kinds]
+    return [listed[index] for index in sorted(kinds + rest[: count - len(kinds)])]
 
 
 def _fields(config_class):

@@ -24,6 +24,9 @@ from .source import block_source, top_source
 from .unlabelled import unlabelled
 
 
+_ENCODED = {"mm_encoder_outputs"}  # where forward takes it, generate runs the encoder of images by itself, from outside; the graph has it inside
+
+
 @dataclass(frozen=True)
 class Printed:
     """What a live class runs: body name → source text, and the role of its module ("top", "block" or "passage").
@@ -191,7 +194,9 @@ def _top_forward(base, bodies, inputs):
             flat = bodies[call.name](self, *call.values)
         return signature.pack(self, call, flat)
 
-    forward.__signature__ = _with_inputs(inspect.signature(base.forward), inputs)
+    given = inspect.signature(base.forward)
+    given = given.replace(parameters=[p for name, p in given.parameters.items() if name not in _ENCODED])
+    forward.__signature__ = _with_inputs(given, inputs)
     forward.__doc__ = base.forward.__doc__
     return forward
 
