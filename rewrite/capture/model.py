@@ -91,7 +91,7 @@ class _Capture:
     def __init__(self, model, root, variant, opaque, main, stamp=True):
         self.stamp = stamp
         self.model, self.root, self.variant, self.opaque, self.main = model, root, variant, opaque, main
-        self.notes = list(variant.notes)
+        self.notes, self.blamed = list(variant.notes), []
         self.modules = dict(model.named_modules())
         self.dtype = _main_dtype(model)
 
@@ -188,10 +188,15 @@ class _Capture:
                 continue
             kind = type(self.modules[path])
             alike = kind.__module__.startswith("torch.nn.")  # what fails in one of torch's own says nothing of the others
-            for other, module in self.modules.items():
-                if other == path or (type(module) is kind and not alike):
-                    self.opaque.setdefault(other, reason)
+            made = [other for other, module in self.modules.items() if (other == path or (type(module) is kind and not alike)) and other not in self.opaque]
+            self.opaque.update(dict.fromkeys(made, reason))
+            if symbol is not None:
+                self.blamed.append((symbol, reason, made))
             return
+        if symbol is None and self.blamed:  # what could not keep a size open cannot be one call either
+            symbol, reason, made = self.blamed.pop()
+            for other in made:
+                self.opaque.pop(other, None)
         if symbol is not None:
             dims = {leaf: {dim: name for dim, name in named.items() if symbol not in name.split("+")} for leaf, named in self.variant.dims.items()}
             self.variant = replace(self.variant, dims=dims)

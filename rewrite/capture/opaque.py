@@ -142,7 +142,7 @@ def _listen(module, calls):
         return note
 
     for name, leaf in module.named_modules():
-        if name and not leaf._modules and leaf._parameters:
+        if name and not leaf._modules and any(parameter is not None for parameter in leaf._parameters.values()):
             leaf.register_forward_pre_hook(hook(name), with_kwargs=True)
 
 

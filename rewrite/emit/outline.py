@@ -44,8 +44,8 @@ def is_size(node):
 
 
 def has_effect(node):
-    """True where order matters beyond dataflow: random numbers, writes, opaque modules."""
-    if node.op == "call_module" or node.target is count:
+    """True where order matters beyond dataflow: random numbers, writes, opaque modules, what is asked of a size."""
+    if node.op == "call_module" or node.target in (count, torch.ops.aten._assert_scalar.default):
         return True
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
