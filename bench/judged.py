@@ -15,7 +15,7 @@ from rewrite.calls.inputs import Examples, Sizes
 from rewrite.calls.leaves import leaves
 from rewrite.capture.model import capture
 from rewrite.errors import Refused, RewriteError
-from rewrite.pipeline import _live, apply
+from rewrite.pipeline import apply, live_of
 from rewrite.report import Report
 from rewrite.roles.find import roles
 from rewrite.spec import Spec
@@ -123,7 +123,7 @@ class Judged:
         self.found["opaque"] = {path: reason[:300] for path, reason in self.graph.opaque.items()}
         self.found["notes"] = [note[:300] for note in self.graph.notes]
         graph = self.graph.copy()
-        self.live = _live(graph, Spec.parse({"passes": []}), Report(), None)
+        self.live = live_of(graph, Spec.parse({"passes": []}), Report(), None)
         return "ok"
 
     def _both(self, inputs, number=0, live=None):
@@ -248,7 +248,7 @@ class Judged:
             return words(failure)
         if not report.applied[0].sites:
             return "no site"
-        live = _live(graph, spec, report, None).eval()
+        live = live_of(graph, spec, report, None).eval()
         sites, refused = len(report.applied[0].sites), len(report.applied[0].refused)
         inputs = self._labelled()
         trained = [p for p in self.model.parameters() if p.requires_grad]

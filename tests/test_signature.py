@@ -13,7 +13,9 @@ from signed import signed
 from transformers.cache_utils import DynamicCache, StaticCache
 from torch import nn
 
+from rewrite import capture
 from rewrite.calls import caches, slots
+from rewrite.emit.live import make_live
 from rewrite.errors import Refused
 from rewrite.calls.leaves import leaves, rebuild
 from rewrite.calls.signature import Signature, variants
@@ -473,3 +475,26 @@ def test_a_plain_module_takes_its_inputs_in_order():
     assert torch.equal(model(x), live(x)) and torch.equal(model(x), live(input=x))
     refused(live, r"input is \(5, 3\), but it was captured as \(batch, 4\)", input=torch.rand(5, 3))
     assert caches.accept(None, False, "") is not None
+
+
+def test_positions_left_out_follow_the_mask_where_the_model_counts_by_it():
+    """OPT counts what its mask lets through; Llama counts places."""
+    config = T.OPTConfig(vocab_size=48, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, ffn_dim=56, max_position_embeddings=64, word_embed_proj_dim=24)
+    torch.manual_seed(0)
+    for model in (T.OPTForCausalLM(config).eval(), models.build("llama").eval()):
+        live = make_live(capture(model))
+        ids, mask = torch.randint(3, 20, (2, 7)), torch.ones(2, 7, dtype=torch.long)
+        mask[1, :3], mask[0, 6] = 0, 0
+        with torch.no_grad():
+            assert torch.equal(live(input_ids=ids, attention_mask=mask).logits, model(input_ids=ids, attention_mask=mask).logits)
+            cache = model(input_ids=ids, attention_mask=mask).past_key_values
+            more = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
+            wanted = model(input_ids=ids[:, :1], attention_mask=more, past_key_values=copy.deepcopy(cache)).logits
+            assert (live(input_ids=ids[:, :1], attention_mask=more, past_key_values=cache).logits - wanted).abs().max() < 2e-6 * wanted.abs().max()
+
+
+def test_generates_without_a_cache_and_without_padding():
+    model = models.build("llama").eval()
+    live, ids = make_live(capture(model)), torch.randint(3, 20, (2, 6))
+    options = dict(max_new_tokens=5, do_sample=False, use_cache=False)
+    assert torch.equal(live.generate(ids, **options), model.generate(ids, **options))

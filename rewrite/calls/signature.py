@@ -238,7 +238,7 @@ class Signature:
             device = next(value.device for value in values if value is not None)
             for place, slot in late:
                 if values[place] is None:
-                    values[place] = slot.make(sizes, device)
+                    values[place] = slot.make(sizes, device, given.get("attention_mask"))
                 else:
                     slot.agree(values[place], sizes, what)
         for check in entry.checks:
@@ -331,7 +331,10 @@ class Signature:
         raise Refused(f"{self.what}: {name} {REASONS.get(name, NEXT)}.")
 
     def _refuse_packed(self, entry, given):
-        if entry.own is None and "position_ids" in entry.names and given.get("position_ids") is not None and given.get("attention_mask") is None:
+        positions = given.get("position_ids")
+        if entry.own is None and "position_ids" in entry.names and positions is not None and given.get("attention_mask") is None:
+            if not torch.compiler.is_compiling() and (positions.diff(dim=-1) == 1).all():
+                return  # each row is one sequence, as generate(use_cache=False) hands them over
             raise Refused(
                 f"{self.what}: position_ids without attention_mask, by which the original tells sequences packed into one row apart; "
                 "that was not captured.\n"

@@ -64,7 +64,7 @@ class Slot:
     or symbol) of its shape; derived: (dimension, Formula) where a dimension follows from others. words: symbol → "batch", "length", ….
     default: "ones", "zeros", "positions" (from `start` on, of which `front` places are no tokens of the caller's), a number, or None where it
     must be given, "label" where a loss asks for it. unused: the graph never reads it, so nothing is asked of it. values: the integers that it
-    may hold; looked at where that waits for no device.
+    may hold; looked at where that waits for no device. counted: positions count what the attention mask lets through.
     """
 
     name: str
@@ -79,6 +79,7 @@ class Slot:
     unused: bool = False
     values: range | None = None
     front: int = 0
+    counted: bool = False
 
     def take(self, given):
         """The tensor among the arguments given, or None."""
@@ -136,8 +137,8 @@ class Slot:
                     f"{self._say(formula.source)} = {formula.of(sizes)} places: {self.picture()}."
                 )
 
-    def make(self, sizes, device):
-        """The value that leaving this input out stands for, once all sizes are known."""
+    def make(self, sizes, device, mask=None):
+        """The value that leaving this input out stands for, once all sizes are known; `mask` is the attention mask that was given."""
         if self.default is None:
             return torch.empty(0, device=device)  # the graph never reads it
         shape = [0] * self.rank
@@ -145,6 +146,9 @@ class Slot:
             shape[dim] = sizes[size] if size.__class__ is str else size
         for dim, formula in self.derived:
             shape[dim] = formula.of(sizes)
+        if self.counted and mask is not None:
+            mask = mask.long()
+            return (mask.cumsum(-1) * mask - 1)[:, -shape[-1] :]
         if self.default == "positions":
             start = sizes[self.start] - self.front if self.start is not None else 0
             return torch.arange(start, start + shape[-1], device=device).expand(shape)
@@ -215,6 +219,7 @@ def slots_of(graph, variant):
                 variant.defaults.get(name) or ("label" if name in variant.labels else None),
                 start,
                 not node.users,
+                counted=name in variant.counted,
             )
         )
     return tuple(found), cache, words

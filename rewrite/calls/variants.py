@@ -11,7 +11,7 @@ from transformers.utils.generic import find_labels
 from ..errors import Refused
 from .inputs import Examples, sizes_like
 from .leaves import FullLayer, leaves, rebuild
-from .learn import FAILURES, Loss, call, hidden_of, is_default, loss_of
+from .learn import FAILURES, Loss, arrival, call, hidden_of, is_default, loss_of
 
 IDS = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "decoder_input_ids", "decoder_attention_mask", "decoder_position_ids"}
 
@@ -27,6 +27,7 @@ class Variant:
     sum of two ("past+length").
     mode: "both" (captured in training and in eval mode, then aligned) or "eval" (flags by analogy with the main graph).
     defaults: input name → what leaving it out means: "ones", "zeros" or "positions" (arange from the past's length on).
+    counted: those of "positions" that count what the attention mask lets through, padding being place -1 (OPT).
     labels: names of the inputs that give a loss; `loss`: how it follows from the outputs, None where the graph computes it.
     shifts: how the model makes `decoder_input_ids` of the labels where they are left out: the name of its method, a function of (labels,
     pad id, start id), or None if it does not.
@@ -47,6 +48,7 @@ class Variant:
     hidden: dict[str, tuple] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    counted: tuple[str, ...] = ()
 
 
 def is_hugging_face(model):
@@ -64,11 +66,11 @@ def variants(model, example=None):
     if not is_hugging_face(model):
         return [_plain(model, example)]
     calls = _Calls(model, example)
-    main = calls.forward()
+    main = replace(calls.forward(), counted=calls.counted)
     if not model.can_generate() or "use_cache" not in calls.examples.parameters:
         return [main]
     try:
-        return [main, *(calls.encoder_decoder() if model.config.is_encoder_decoder else [calls.past()])]
+        return [main, *(calls.encoder_decoder() if model.config.is_encoder_decoder else [replace(calls.past(), counted=calls.counted)])]
     except (Refused, *FAILURES) as reason:
         return [replace(main, notes=(*main.notes, f"no variant with a cache: {(str(reason) or type(reason).__name__).splitlines()[0]}"))]
 
@@ -95,7 +97,9 @@ class _Calls:
             raise Refused(f"{type(model).__name__} does not accept {what}.\n{type(reasons[0]).__name__}: {reasons[0]}") from reasons[0]
         self.labels = self.labels or self.examples.labels(names, self.output)
         self.encoded = self._encode() if model.config.is_encoder_decoder and "encoder_outputs" in self.examples.parameters else None
-        self.defaults = self._defaults()
+        self.defaults, self.counted = self._defaults(), ()
+        if self.defaults.get("position_ids") == "positions" and "attention_mask" in self.examples.parameters:
+            self._follow_the_mask()
 
     def _ask(self):
         """What the model returns to its inputs, and where its hidden states come from."""
@@ -265,6 +269,23 @@ class _Calls:
             if is_default(self.model, rest, name, self._default(name, kind), aside=(name, name.removeprefix("decoder_"))):
                 found[name] = kind
         return found
+
+    def _follow_the_mask(self):
+        """With padding on the left, positions that are left out may count what the mask lets through: find out, or leave them to the model."""
+        ids = self.inputs["input_ids"]
+        mask = torch.ones_like(ids)
+        mask[:, : max(1, ids.shape[1] // 2)] = 0
+        padded = {name: value for name, value in self.inputs.items() if name not in self.defaults} | {"attention_mask": mask}
+        try:
+            arrival(self.model, padded)
+        except FAILURES:  # it takes no padding, or takes masks of its own kind alone
+            return
+        if is_default(self.model, padded, "position_ids", self._default("position_ids", "positions")):
+            return
+        if is_default(self.model, padded, "position_ids", mask.cumsum(-1) * mask - 1):
+            self.counted = ("position_ids",)
+        else:
+            del self.defaults["position_ids"]
 
     def _shifts(self):
         """How the model makes `decoder_input_ids` of the labels, confirmed by asking it."""
