@@ -105,6 +105,8 @@ def _misplaced(step):
         return "a form cannot stand in a batch; write its steps one after the other."
     if hasattr(step.options, "apply"):
         return f"{step.method} changes the model for all rows alike. Write it before or after the batch."
+    if step.options.lengthens:
+        return f"{step.method} puts tokens in front of the model's own, in all rows alike. Write it before or after the batch."
     if step.options.mixes():
         return f"{step.method} mixes what other passes make, which rows with an adapter each have none of."
     if step.options.unstacked():

@@ -87,7 +87,7 @@ class Pass:
     `no_grad` names handles that backward must not go beyond: all that they are computed from runs under torch.no_grad.
     `inputs` (name → `Input`; a property where options decide) are what calls of the model take beside its own. `lengthens` says that
     `output` on `embed` puts tokens in front of the model's own: masks, positions, token types, labels and caches follow, and the caller sees
-    none of it. A pass that is not site-shaped defines `apply(self, edit, sites)` instead of nouns. `choices` are the frozen tensors that a
+    none of it. Its nouns at other sites stand where these tokens are read, not behind a cache that holds them. A pass that is not site-shaped defines `apply(self, edit, sites)` instead of nouns. `choices` are the frozen tensors that a
     hook writes for each step and that the nouns read in training alone.
     """
 

@@ -16,7 +16,7 @@ from .contract import FACTS, FUNCTIONS, OUTER, REPLACES, has_default, wants
 from .derive import evaluated, let_go
 from .errors import Refused
 from .lengthen import growth, lengthen, made_of, not_made_of
-from .prompts import insert
+from .prompts import insert, stands_in_front
 from .operation import Again, Operation
 from .region import Copied, Region, between, body_of
 from .roles.attention import key_heads
@@ -42,6 +42,7 @@ class Edit:
         self.declined = []  # (site, reason) of what a pass over the whole graph left as it is
         self.aside, self.choices, self.replaced = aside, {}, []
         self.carried, self.beside = None, set()  # the value that goes from site to site with the site that it comes from; the nodes that make it
+        self.front = None  # the model's own tokens behind those that the step has put in front of them
         self.counted, self.grown = False, {}  # whether the step has replaced the model's positions; masks that it has made longer
         self.kind = step.method.rpartition(".")[2]
         self.by_name = {node.name: node for node in graph.nodes}
@@ -285,8 +286,10 @@ class Edit:
             without_grad(self.handle(site, name))
         if hasattr(options, "carry") and self.carried is None:
             self.carried = self.make(site, "start", paths), site
-        if options.lengthens:
+        if options.lengthens and "ids" in site.handles:
             insert(self, site, paths)
+            return
+        if options.lengthens and not stands_in_front(self, site):
             return
         longer = {noun: self._noun(site, noun, paths) for noun in options.nouns() if not self.choices or (site, REPLACES[noun]) in self.choices}
         if any(longer.values()):
@@ -451,7 +454,7 @@ class Edit:
         if current is None:
             self.beside |= own
             return new
-        if signature(new.meta["val"]) != signature(current.meta["val"]) and not growth(site, target, current, new) and not options.lengthens:
+        if signature(new.meta["val"]) != signature(current.meta["val"]) and not growth(site, target, current, new) and not (options.lengthens and "ids" in site.handles):
             raise Refused(f"{place}: {noun}() gives {_words(new)} where the model has {_words(current)}.")
         return current, new, own
 

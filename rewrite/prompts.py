@@ -58,7 +58,20 @@ def insert(edit, site, paths):
     if not graph.owner and not getattr(graph.signature, "encoder", None):  # what an encoder gives is for its decoder, which reads the prompt too
         _cut(edit, site, symbol, places, place)
     graph.checks = tuple(g.Check(check.condition.xreplace({symbol: symbol + places}), check.where) for check in graph.checks)
-    graph.front = places
+    graph.front, edit.front = places, kept
+
+
+def stands_in_front(edit, site):
+    """Does a site read the tokens that its step has put in front, in this graph? Behind a cache, which holds them, it does not. Refused where it never does."""
+    x = edit.handle(site, "x")
+    if edit.front is not None and x is not None and g.shape(x)[1:2] == (g.shape(edit.front)[1] + edit.graph.front,):
+        return True
+    if edit.main or edit.graph.is_inner:
+        raise Refused(
+            f"{edit.step.place}: {edit.kind} at {site.name}: no tokens of the pass stand in front of what it reads. "
+            'Let "where" name the embedding that they come through too, and the sites behind it alone, for example {"role": ["embed", "block"], "path": "encoder.**"}.'
+        )
+    return False
 
 
 def _growth(current, new, place):

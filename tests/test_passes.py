@@ -96,7 +96,7 @@ def test_some_toy_shows_it(name):
 
 
 def picture(name, toy):
-    """The text of the first site before and after a pass, and its new tensors."""
+    """The text of the first site before and after a pass, and its new tensors; of a pass that lengthens, of the first that has some."""
     model, example = model_of(toy), TOYS[toy].inputs(2, 7)
     spec = Spec.parse(spec_of(name))
     before, after = captured(model, example), captured(model, example)
@@ -104,8 +104,9 @@ def picture(name, toy):
     report = pipeline.apply(after, spec)
     was, now = lines(before), lines(after)
     shown = [one for one in report.applied if one.sites][0 if getattr(spec.passes[-1], "where", "by") is None else -1]
-    site = shown.sites[0][0]
-    near = next(s for s in pipeline.roles(untouched(toy)) if s.name == site and s.role == shown.sites[0][1])
+    sites = [site for site in shown.sites if not class_of(name).lengthens or any(path.startswith(f"{site[0]}.") for path in report.made)]
+    site, role = sites[0]
+    near = next(s for s in pipeline.roles(untouched(toy)) if s.name == site and s.role == role)
     own = {near.node.name, *(n.name for n in (near.operation,) if n is not None)}
 
     def part(graph, texts):
@@ -117,7 +118,7 @@ def picture(name, toy):
     values = [(p, g.attribute(after.root, p)) for p in new]
     made = [f"@{p}  {tuple(v.shape)}{'' if v.requires_grad else ' ❄'}{'  for what follows from the base' if p in report.feeds else ''}" for p, v in values]
     made += [f"@{p}  another value" for p in report.derived if p not in report.made and p.startswith(near.path)]
-    text = [json.dumps(spec_of(name), ensure_ascii=False), "", f"{shown.sites[0][1]} at {site or 'the model'}", "", *part(before, was), "", "-->", "", *part(after, now), *users[:1], *([""] if made else []), *made]
+    text = [json.dumps(spec_of(name), ensure_ascii=False), "", f"{role} at {site or 'the model'}", "", *part(before, was), "", "-->", "", *part(after, now), *users[:1], *([""] if made else []), *made]
     return _sizes_by_name("\n".join(text).replace("\n\n\n", "\n\n") + "\n")
 
 
