@@ -445,3 +445,12 @@ def test_plain_modules_keep_their_call():
     live = make_live(capture(model, (torch.randn(4, 6),)))
     x = torch.randn(9, 6)
     assert torch.equal(live(x), model(x)) and inspect.signature(live.forward) == inspect.signature(model.forward)
+
+
+def test_a_memory_format_is_handed_over_by_name():
+    class Formatted(nn.Module):
+        def forward(self, x):
+            return torch.ops.aten.to.dtype(x, torch.float64, False, False, torch.contiguous_format) * 2
+
+    live, x = make_live(capture(Formatted(), {"x": torch.randn(2, 3)})), torch.randn(4, 3)
+    assert torch.equal(live(x=x), x.double() * 2)

@@ -49,6 +49,12 @@ def with_reduction(op, args, kwargs):
     return (*args, *filled), {name: value for name, value in kwargs.items() if name not in spelled}
 
 
+def with_keywords(op, args, kwargs):
+    """A memory format is an argument by name in Python's methods, wherever it stands in the schema."""
+    place = next((i for i, a in enumerate(op._schema.arguments) if a.name == "memory_format"), len(args))
+    return args[:place], ({**kwargs, "memory_format": args[place]} if len(args) > place and args[place] is not None else kwargs)
+
+
 def _slice(writer, node):
     x, dim, start, end, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
     if node.kwargs:

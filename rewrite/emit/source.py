@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from ..backward import REGION
 from ..graph import HOST, attribute, count, device_of, dtype_of, least, select
-from .native import SPECIAL, native, with_reduction
+from .native import SPECIAL, native, with_keywords, with_reduction
 from .outline import Piece, is_size
 
 HOST_INFIX = {
@@ -324,6 +324,7 @@ class _Writer:
         if kind == "infix":
             return f"{self.operand(args[0])} {text} {self.operand(args[1])}"
         if kind == "method":
+            args, kwargs = with_keywords(node.target, args, kwargs)
             if len(args) == 2 and isinstance(args[1], (list, tuple)) and not kwargs and text in ("view", "reshape", "expand", "permute", "repeat"):
                 args = (args[0], *args[1])
             return f"{self.value(args[0])}.{text}({self.arguments(args[1:], kwargs)})"
