@@ -59,6 +59,8 @@ class Edit:
         self.new, self._evaluated = NewTensors(self), (None, None)
         self.caches = [node for name, node in zip(graph.inputs, graph.placeholders) if name.startswith(f"{CACHE}.")]
 
+    seeing = None  # the rows of a batch that see places put in front of keys and values; None: all
+
     # ---- reading ------------------------------------------------------------------------------------------------------
     def live(self, node):
         """The value that stands for a node after the passes so far."""

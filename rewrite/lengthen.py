@@ -3,7 +3,8 @@
     y = attention(q, k, v, mask)   -->   y = attention(q, [p_k; k], [p_v; v], [1; mask])
 
 Every query sees the places in front: a mask of truth gets True there, one that is added gets 0 (so does a bias of relative positions), a causal
-attention gets its mask written out. The places stand behind the model's own cache, which keeps the keys of tokens alone.
+attention gets its mask written out. The places stand behind the model's own cache, which keeps the keys of tokens alone. In a batch of several
+adapters the rows of others have places there too, and see none of them.
 """
 
 import torch
@@ -111,6 +112,8 @@ def _kernel(edit, site, places, place):
     elif args[3] is not None:
         fill = args[3].meta["val"].dtype is torch.bool
         args[3] = _longer(edit, site, args[3], g.shape(args[1])[-2] - places, places, fill, place)
+    if edit.seeing is not None:
+        args[3] = _hidden(edit, site, args[3], args[1], places, place)
     while len(args) > 3 and args[-1] == defaults[len(args) - 4]:
         args.pop()
     node.args, node.kwargs = tuple(args), kwargs
@@ -120,6 +123,25 @@ def _kernel(edit, site, places, place):
 
 def _visible(q, k, places):
     return torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril(places)
+
+
+def _hidden(edit, site, mask, keys, places, place):
+    """A mask that hides the places in front from the rows that are not to see them; `mask` None: they see all else."""
+    if mask is None:
+        return paste(edit, site.node.prev, ("hidden", places), lambda k, rows: _seen(rows, k.shape[-2], places), [keys, edit.seeing], (site.owner, site.path), place)
+    inputs = [mask, edit.seeing] if g.shape(mask)[-1] != 1 else [mask, edit.seeing, keys]
+
+    def run(mask, rows, keys=None):
+        seen = _seen(rows, mask.shape[-1] if keys is None else keys.shape[-2], places)
+        return mask & seen if mask.dtype is torch.bool else torch.where(seen, mask, float("-inf"))
+
+    after = mask if len(inputs) == 2 else site.node.prev
+    return paste(edit, after, ("hidden", places), run, inputs, (g.path_of(mask), site.path), place)
+
+
+def _seen(rows, length, places):
+    """Which of `length` places each row of a batch sees, as a mask: `rows` says whether the first `places` are among them."""
+    return (rows.unsqueeze(1) | (torch.arange(length, device=rows.device) >= places)).unsqueeze(1).unsqueeze(1)
 
 
 def _written_out(edit, site, places, place):
@@ -132,7 +154,7 @@ def _written_out(edit, site, places, place):
             return value
         return _longer(edit, site, value, length, places, fill, place)
 
-    wide = {}  # in the order of the graph
+    wide, hides = {}, edit.seeing is None  # wide: in the order of the graph
     for node in list(edit.graph.nodes):
         touched = [n for n in node.all_input_nodes if n in wide or n is keys]
         if not touched or node is end or node.op != "call_function":
@@ -154,10 +176,18 @@ def _written_out(edit, site, places, place):
             node.args = (*(longer(a, kept and a is node.args[0]) for a in node.args),)
         elif name not in _ALONE or ("softmax" in name and node.args[1] % len(g.shape(node)) != len(g.shape(node)) - 1):
             raise Refused(f"{place}: between its scores and its values stands {name}, of which it is not known how it grows with the keys.")
+        elif "softmax" in name and edit.seeing is not None:
+            scores, hides = node.args[0], True
+            if len(g.shape(scores)) != 4 or edit.rows(scores) != "rows":
+                raise Refused(f"{place}: its scores are {g.shape(scores)}, whose rows are not those of the batch.")
+            run = lambda scores, rows, keys: scores.masked_fill(~_seen(rows, keys.shape[-1], places), float("-inf"))  # noqa: E731
+            node.args = (paste(edit, scores, ("hidden", places), run, [scores, edit.seeing, keys], (site.owner, site.path), place), *node.args[1:])
         wide[node] = None
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
         with edit.fake_mode, torch.no_grad():
             node.meta["val"] = node.target(*args, **kwargs)
+    if not hides:
+        raise Refused(f"{place}: no softmax stands between its scores and its values, before which rows could be kept from seeing what is in front.")
 
 
 def _longer(edit, site, value, length, places, fill, place):

@@ -10,6 +10,7 @@ import functools
 
 import torch
 from torch import fx
+from torch._C import _functorch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -21,6 +22,7 @@ from .contract import FACTS, FUNCTIONS, REPLACES, Frozen, Input, has_default, wa
 from .edit import Edit, names_of
 from .errors import Refused
 from .hooks import Held
+from .lengthen import growth, lengthen
 from .operation import _SAME
 from .tensors import NewTensors, Seen, _tensor
 
@@ -56,6 +58,11 @@ class RowsEdit(Edit):
                 self._chosen, own = self.memo[key].paste(self.graph.fx, [ids], None, {"path": "", "made": self.kind, "role": f"made.{self.kind}"})
             self.by_name.update((n.name, n) for n in (ids, *own))
         return self._chosen
+
+    @property
+    def seeing(self):
+        """The rows that see places put in front of keys and values: those of the step's adapters."""
+        return self.chosen[1]
 
     def rows(self, node):
         """ "rows" where the first axis of a node's value is the batch, "flat" where it is batch × something, row after row; None else."""
@@ -99,11 +106,11 @@ class RowsEdit(Edit):
         asked = {name for noun in options.nouns() for name in wants(getattr(options, noun))}
         if operation is not None and operation.kind in ("conv", "embedding") and ({"op", "mix"} & asked or hasattr(options, "weight")):
             return f"{'a convolution' if operation.kind == 'conv' else 'an embedding'} with other weights for each row cannot be followed while the batch size is free"
-        if {"f", "copy"} & asked:
+        if {"f", "copy", "key_of", "value_of"} & asked:
             return "its body is run again, which is not done for each row of a batch"
         if hasattr(options, "carry") or options.no_grad:
             return "what it hands from site to site, or keeps backward out of, is one for all rows of a batch"
-        for target in dict.fromkeys(REPLACES[noun] for noun in options.nouns()):
+        for target in dict.fromkeys(REPLACES[noun] for noun in options.nouns() if noun != "positions"):
             current = self.handle(site, target if target not in ("w", "b") else "y")
             if current is not None and self.rows(current) is None:
                 return f"the rows of its {target if target not in ('w', 'b') else 'y'}, {g.shape(current)}, are not those of the batch"
@@ -117,8 +124,9 @@ class RowsEdit(Edit):
         paths = {**shared, **own}
         for name in self._trained(site):
             self._copied(site, name)
-        for noun in self.step.options.nouns():
-            self._rowwise(site, noun, getattr(self.step.options, noun), paths)
+        longer = {noun: self._rowwise(site, noun, getattr(self.step.options, noun), paths) for noun in self.step.options.nouns()}
+        if any(longer.values()):
+            lengthen(self, site, longer)
         for name, path in own.items():
             if not (path in self.attributes and self.attributes[path].users):
                 raise Refused(f"{self.kind} at {site.name}: params() gives {name!r}, and no noun reads it at this site.")
@@ -135,10 +143,10 @@ class RowsEdit(Edit):
         self._rowwise(site, noun, None, {"copy": self.new.own_copies(site, stored, name)})
 
     def _rowwise(self, site, noun, function, paths):
-        """One noun at one site for the rows of its adapters; `function` None: the value is the tensor `copy`."""
+        """One noun at one site for the rows of its adapters; `function` None: the value is the tensor `copy`. Returns by how many places it is longer."""
         target, place = REPLACES[noun], f"{self.kind} at {site.path}"
-        if self.handle(site, target) is None:
-            return
+        if self.handle(site, target) is None or (noun == "positions" and self.counted):
+            return 0
         deep = target in ("w", "b")  # then it is the operation's own value that is replaced, beneath what earlier steps made of it
         self._refuse_stale_weight(site, target, function, place)
         current = self._own_value(site) if deep else self.handle(site, target)
@@ -173,13 +181,16 @@ class RowsEdit(Edit):
             self.memo[key] = self._body(run, values, place, "training" in asked)
         flag = lambda: self.attribute(".".join(p for p in (site.owner, "training") if p))  # noqa: E731
         anchor = max(n for n in (current, *inputs) if n.op not in ("get_attr", "placeholder"))
-        with self.graph.fx.inserting_before(anchor.next):
+        before = self.top if anchor < self.top else anchor.next  # new tensors stand right before the top
+        with self.graph.fx.inserting_before(before):
             new, own = self.memo[key].paste(self.graph.fx, inputs, flag, {"path": site.owner, "made": self.kind, "role": f"made.{self.kind}", "site": site.path})
         self.by_name.update((n.name, n) for n in own)
         if new is current:
-            return
+            return 0
         if not deep:
-            return self._replace(site, target, current, new, own)
+            self._replace(site, target, current, new, own)
+            self.counted |= noun == "positions"
+            return growth(site, target, current, new)
         for user in [user for user in current.users if user not in own]:
             user.replace_input_with(current, new)
         base = self._operation_node(site)
@@ -187,6 +198,7 @@ class RowsEdit(Edit):
         base.meta.setdefault("live", new.name)
         if base.meta["live"] == current.name:
             base.meta["live"] = new.name
+        return 0
 
     def _operation_node(self, site):
         operation = self.operation(site)
@@ -232,13 +244,15 @@ def _by_row(value, batch):
 
 
 class _BeneathVmap(TorchFunctionMode):
-    """Writes what vmap cannot follow at sizes that are symbols: a linear with its bias, and dropout, whose flag then is a number in an argument."""
+    """Writes what vmap cannot follow at sizes that are symbols: a linear with its bias, dropout, whose flag then is a number in an argument, a cat."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.linear:
             return self._linear(*args, **(kwargs or {}))
         if function is F.dropout:
             return self._dropout(*args, **(kwargs or {}))
+        if function is torch.cat:
+            return self._cat(*args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
 
     @staticmethod
@@ -250,6 +264,16 @@ class _BeneathVmap(TorchFunctionMode):
     def _dropout(input, p=0.5, training=True, inplace=False):
         p = p * training
         return input * (torch.rand_like(input) >= p) / (1.0 - p)
+
+    @staticmethod
+    def _cat(tensors, dim=0):
+        level = _functorch.maybe_current_level()
+        raw = [_functorch._unwrap_batched(tensor, level) for tensor in tensors]
+        batch = next((value.shape[axis] for value, axis in raw if axis is not None), None)
+        if batch is None:
+            return torch.cat(tensors, dim)
+        rows = [value.movedim(axis, 0) if axis is not None else value.expand(batch, *value.shape) for value, axis in raw]
+        return _functorch._add_batch_dim(torch.cat(rows, dim if dim < 0 else dim + 1), 0, level)
 
 
 class _Rows:
@@ -273,19 +297,33 @@ class _Rows:
             else:
                 batched[key] = whole[key].unsqueeze(1) if kind == "rows" else _by_row(whole[key], slot.shape[0])
         self.is_same = False
-        new = self.over_rows(lambda row: self.new({**fixed, **row}, training), batched)
+        new = self.over_rows(lambda row: self.new({**fixed, **row}, training), batched) if batched else self.new(fixed, training)
         name = " current" if " current" in whole else self.target
         if self.is_same:
             return whole[name]
+        if self.kinds[self.names.index(name)] is None:
+            raise Refused(f"{self.place}: one value of {name} serves all rows here, and in a batch each needs its own.")
         own_value = lambda new: self.over_rows(lambda row: self.own_value({**fixed, **row}, row[" new"]), {**batched, " new": new})  # noqa: E731
         new = own_value(new) if self.target == "w" else new
         new = self.put(whole, batched, name, new)
         new = own_value(new) if self.target == "b" else new
-        current = batched[name]
+        current = self.as_long(batched[name], new)
         if new.shape != current.shape:
             raise Refused(f"{self.place}: in a batch a value keeps its shape, and a row of it becomes {tuple(new.shape[1:])} where the model has {tuple(current.shape[1:])}.")
         chosen = torch.where(mask.view(-1, *[1] * (new.dim() - 1)), new, current)
         return chosen.view(whole[name].shape) if self.kinds[self.names.index(name)] == "flat" else chosen.squeeze(1)
+
+    def as_long(self, current, new):
+        """Keys or values with zeros where others have places in front, which their rows do not see."""
+        axis = -1 if self.target in self.site.layout.turned else -2
+        if self.target not in ("k", "v") or new.dim() != current.dim():
+            return current
+        places = g.expression(new.shape[axis]) - g.expression(current.shape[axis])
+        if not getattr(places, "is_number", True) or places <= 0:
+            return current
+        shape = list(current.shape)
+        shape[axis] = int(places)
+        return torch.cat([current.new_zeros(shape), current], axis)
 
     @staticmethod
     def over_rows(function, batched):
@@ -302,7 +340,7 @@ class _Rows:
         given |= {name: training if name == "training" else None for name in self.asked if name not in given}
         new = self.function(**{name: given[name] for name in self.asked})
         self.is_same = new is given.get(self.target) and new is not None  # as the noun of a pass that leaves this site alone gives it back
-        return new
+        return new.transpose(-1, -2) if self.target in self.site.layout.turned else new
 
     def own_value(self, raw, new):
         """What the site's operation gives for one row with that weight or bias."""
@@ -312,6 +350,8 @@ class _Rows:
         return y if raw.get("b") is None else y + self.along(self.read("b", raw["b"]) if self.function is not None else raw["b"], y)
 
     def read(self, name, value):
+        if name in self.site.layout.turned:
+            return value.transpose(-1, -2)
         if self.operation is None or name not in ("w", "b", "y"):
             return value
         value = self.operation.standard(value) if name == "w" else value

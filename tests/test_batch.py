@@ -6,11 +6,13 @@ import pytest
 import torch
 from checks import TOYS, captured, close, model_of, rejects, rounding, tensor_of
 from models import build, example
+from test_sequence import Attends
 from torch import nn
 from torch.nn import functional as F
 
 from rewrite import Refused, Spec, SpecError, export_onnx, load, pipeline, rewrite, save, training
 from rewrite import graph as g
+from rewrite import lengthen
 from rewrite.batch import alone
 
 EXACT = 1e-12
@@ -24,6 +26,7 @@ ONE = {
     "diff_pruning": [{"pass": "diff_pruning", "where": "mlp.up", "initial": 0.3}],
     "vera": [{"pass": "vera", "where": "attention.{q,v}", "rank": 5}],
     "compacter": [{"pass": "compacter", "bottleneck": 8, "n": 2}],
+    "prefix_tuning": [{"pass": "prefix_tuning", "length": 4}],
     "dropout": [{"pass": "lora", "where": "mlp.down", "rank": 4, "dropout": 0.5}],
 }
 
@@ -268,7 +271,9 @@ def test_what_has_other_rows_is_refused():
     with pytest.raises(Refused, match="its rows are tokens sorted by expert, not those of the batch"):
         rewrite(build("mixtral"), batch_of({"fr": [{"pass": "lora", "where": "expert.up", "rank": 2}]}))
     with pytest.raises(Refused, match="in a batch a value keeps its shape"):
-        rewrite(build("llama"), batch_of({"fr": [{"pass": "prefix_tuning", "length": 3}]}))
+        rewrite(build("llama"), batch_of({"fr": [{"pass": "prompt_tuning", "length": 3}]}))
+    with pytest.raises(Refused, match="one value of positions serves all rows here"):
+        rewrite(double("bert"), batch_of({"fr": [{"pass": "prefix_tuning", "length": 3, "shift": True}]}))
     with pytest.raises(Refused, match="an embedding with other weights for each row"):
         rewrite(build("gpt2"), batch_of({"fr": [{"pass": "lora", "where": "embed.position", "rank": 2}]}))
     with pytest.raises(Refused, match="an earlier step of 'fr' has replaced the weight"):
@@ -325,3 +330,98 @@ def test_the_toys_too():
             single = by_itself(model, live.float(), name, {"ids": given}).double()
             live.double()
             close(reference=single(given[row : row + 1]), result=made[row : row + 1], drift=rounding(torch.float32))
+
+
+# ---- prefixes: a row sees that of its own adapter alone ---------------------------------------------------------------------
+
+PREFIXED = {"lo": ONE["lora"], "ia": ONE["ia3"], "ad": ONE["adapter"], "pr": ONE["prefix_tuning"]}
+TWO = {"fr": ONE["prefix_tuning"], "de": [{"pass": "prefix_tuning", "length": 2}], "it": ONE["prefix_tuning"]}
+
+
+@functools.cache
+def prefixed(*names, family="llama"):
+    return awake(rewrite(double(family), batch_of({name: {**PREFIXED, **TWO}[name] for name in names}))).eval()
+
+
+def padded(rows, length=7):
+    """Ids, and a mask that pads one row on the left."""
+    mask = torch.ones(rows, length, dtype=torch.long)
+    mask[0, :3] = 0
+    return {"input_ids": ids_of(rows, length), "attention_mask": mask}
+
+
+def row_of(given, row):
+    return {name: value[row : row + 1] for name, value in given.items()}
+
+
+def shown_to_all(monkeypatch):
+    """From now on the masks hide no place in front."""
+    monkeypatch.setattr(lengthen, "_seen", lambda rows, length, places: torch.ones(rows.shape[0], 1, 1, length, dtype=torch.bool, device=rows.device))
+
+
+@pytest.mark.parametrize("adapters", [PREFIXED, TWO], ids=["methods", "lengths"])
+def test_rows_see_their_own_prefix(adapters, monkeypatch):
+    live, given, chosen = prefixed(*adapters), padded(5), torch.tensor([len(adapters) - 1, 0, -1, 1, 2])
+    logits = live(**given, adapter_ids=chosen).logits
+    if adapters is TWO:
+        shown_to_all(monkeypatch)
+        broken = awake(rewrite(double("llama"), batch_of(adapters))).eval()(**given, adapter_ids=chosen).logits
+    else:
+        broken = live(**given, adapter_ids=torch.full((5,), 3)).logits
+    for row, number in enumerate(chosen.tolist()):
+        single = double("llama") if number < 0 else by_itself(double("llama"), live, [*adapters][number])
+        wanted, found, kept = single(**row_of(given, row)).logits, logits[row : row + 1], given["attention_mask"][row].bool()
+        close(reference=wanted[:, kept], result=found[:, kept], drift=EXACT)
+        if adapters is TWO or number != 3:
+            rejects(reference=wanted[:, kept], result=broken[row : row + 1][:, kept], drift=EXACT)
+
+
+@pytest.mark.parametrize("adapters", [PREFIXED, TWO], ids=["methods", "lengths"])
+def test_prefixes_generate(adapters):
+    live, given, chosen = prefixed(*adapters), padded(4), torch.tensor([len(adapters) - 1, -1, 1, 0])
+    asked = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    found = lambda model, **given: torch.stack(model.generate(**given, **asked).logits, 1)  # noqa: E731
+    together = found(live, **given, adapter_ids=chosen)
+    for row, number in enumerate(chosen.tolist()):
+        single = double("llama") if number < 0 else by_itself(double("llama"), live, [*adapters][number])
+        close(reference=found(single, **row_of(given, row)), result=together[row : row + 1], drift=1e-6)  # generate casts scores to float32
+    rejects(reference=together, result=found(live, **given, adapter_ids=chosen.roll(1)), drift=1e-6)
+
+
+@pytest.mark.parametrize("adapters", [PREFIXED, TWO], ids=["methods", "lengths"])
+def test_prefixes_get_the_gradients_of_their_rows(adapters):
+    live, ids, chosen = prefixed(*adapters), ids_of(5), torch.tensor([1, len(adapters) - 1, 1, -1, 0])
+    loss = lambda logits, ids: F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")  # noqa: E731
+    live.zero_grad()
+    loss(live(input_ids=ids, adapter_ids=chosen).logits, ids).backward()
+    for number, name in enumerate(adapters):
+        rows, single = ids[chosen == number], by_itself(double("llama"), live, name)
+        if len(rows):
+            loss(single(input_ids=rows).logits, rows).backward()
+        for path, of in live.report.stacked.items():
+            if name not in of:
+                continue
+            wanted, found = g.attribute(single, of[name]).grad, tensor_of(live, path).grad[list(of).index(name)]
+            if not len(rows):
+                assert not found.any()
+                continue
+            assert wanted.any()
+            close(reference=wanted, result=found, drift=EXACT)
+            rejects(reference=wanted, result=found * 1.001, drift=EXACT)
+
+
+@pytest.mark.parametrize(
+    "kind, grouped", [("none", False), ("causal", False), ("native", True), ("bool", True), ("float", False), ("added", True), ("filled", False), ("chosen", False)]
+)
+def test_prefixes_under_every_mask(kind, grouped, monkeypatch):
+    torch.manual_seed(0)
+    model, x, chosen = Attends(kind, grouped).double(), torch.randn(4, 7, 24, dtype=torch.float64), torch.tensor([1, 2, -1, 0])
+    live = awake(rewrite(model, batch_of(TWO), {"x": x}))
+    made = [live(x=given, adapter_ids=chosen) for given in (x, x[:, :1])]
+    shown_to_all(monkeypatch)
+    broken = awake(rewrite(model, batch_of(TWO), {"x": x}))(x=x, adapter_ids=chosen)
+    for row, number in enumerate(chosen.tolist()):
+        single = model if number < 0 else by_itself(model, live, [*TWO][number], {"x": x})
+        for given, found in zip((x, x[:, :1]), made):
+            close(reference=single(x=given[row : row + 1]), result=found[row : row + 1], drift=EXACT)
+        rejects(reference=single(x=x[row : row + 1]), result=broken[row : row + 1], drift=EXACT)
