@@ -7,10 +7,10 @@ import re
 ORDER = ("whole", "narrowed", "opaque", "failed", "not built")
 MEANING = {
     "whole": "captured whole, every check holds",
-    "narrowed": "captured whole, every check holds, but it refuses a length that the original takes",
+    "narrowed": "captured whole, every check holds, but it refuses a length that the original takes, or was captured without its images or audio",
     "opaque": "every check holds; parts stay one call to the original module",
     "failed": "not captured, or a check does not hold",
-    "not built": "a tiny model cannot be built or run here, for upstream's reason",
+    "not built": "a tiny model could not be built or run here; not-built.json has the reasons",
 }
 
 
