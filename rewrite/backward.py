@@ -11,6 +11,7 @@ import torch
 
 REGION = "region"  # node.meta: the kind of region that the node lies in
 NO_GRAD = "no_grad"
+REVERSIBLE = "reversible"  # node.meta: a value that goes from block to block, in a pass that asks for reversible blocks
 
 
 def without_grad(node):

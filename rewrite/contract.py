@@ -85,6 +85,8 @@ class Pass:
     fused projection as one site; `requires(graph)` gives the reason why the graph is not ready for
     it, or None. `whole_sequence`: it looks at all tokens of a sequence at once, and cannot stand where the model decodes behind a cache.
     `no_grad` names handles that backward must not go beyond: all that they are computed from runs under torch.no_grad.
+    `reversible`: `output` and `carry` are `a * carry + F(x)` and `b * x + G(y)`, so that blocks are computed back
+    rather than kept for backward: all of them (True), or all but every n-th.
     `inputs` (name → `Input`; a property where options decide) are what calls of the model take beside its own. `lengthens` says that
     `output` on `embed` puts tokens in front of the model's own: masks, positions, token types, labels and caches follow, and the caller sees
     none of it. Its nouns at other sites stand where these tokens are read, not behind a cache that holds them. A pass that is not site-shaped defines `apply(self, edit, sites)` instead of nouns. `choices` are the frozen tensors that a
@@ -99,6 +101,7 @@ class Pass:
     shown_over: ClassVar[tuple[dict, ...]] = ()
     freezes_choices: ClassVar[bool] = False
     no_grad: ClassVar[tuple[str, ...]] = ()
+    reversible: ClassVar[bool | int] = False
     whole_sequence: ClassVar[bool] = False
     choices: ClassVar[tuple[str, ...]] = ()
     inputs: ClassVar[dict] = {}

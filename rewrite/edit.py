@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from . import derive
 from . import graph as g
-from .backward import without_grad
+from .backward import REVERSIBLE, without_grad
 from .body import Body, signature
 from .calls import added
 from .calls.slots import CACHE
@@ -387,7 +387,7 @@ class Edit:
         if lists[0] != lists[1]:
             raise Refused(f'{self.step.place}: {self.kind}: {before.name} and {site.name} lie in different lists of blocks, and no value goes from one to the other. Narrow "where" to one of them.')
         self.carried = self.make(site, "carry", paths), site
-        self.carried[0].meta["carried"] = True
+        self.carried[0].meta |= {"carried": True, **({REVERSIBLE: options.reversible} if options.reversible else {})}
         if last and hasattr(options, "end"):
             self._noun(site, "end", paths)
 

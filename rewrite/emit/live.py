@@ -19,6 +19,7 @@ from torch import nn
 from ..errors import Refused
 from ..graph import attribute
 from ..prompts import whole
+from .coupled import chains
 from .outline import Piece, outline
 from .source import block_source, top_source
 from .unlabelled import unlabelled
@@ -54,6 +55,7 @@ def make_live(graph):
     if (full := whole(graph)) is not None:
         printed.append(full)
     cuts = {variant.name: outline(variant) for variant in printed}
+    coupled = {name: chains(cut) for name, cut in cuts.items()}
     bodies, names = {}, {}  # block path -> {text: body name}; piece -> its body name, or None for the block's first
     for name, cut in cuts.items():
         for piece in cut.steps:
@@ -61,11 +63,15 @@ def make_live(graph):
                 texts = bodies.setdefault(piece.path, {})
                 body = texts.setdefault(block_source(piece, attribute(root, piece.path)), f"{name}.{piece.call}" if piece.call else name)
                 names[piece] = None if body == next(iter(texts.values())) else body
+        for chain in coupled[name][0]:
+            for piece in filter(None, chain.inverses):
+                names[piece] = bodies[piece.path].setdefault(block_source(piece, attribute(root, piece.path)), f"{name}.inverse{piece.call or ''}")
     tops = {}  # owner path -> [(variant name, text)]
     for variant in printed:
         cut = cuts[variant.name]
-        variant.notes += [note for note in cut.notes if note not in variant.notes]
-        tops.setdefault(variant.owner, []).append((variant.name, top_source(cut, root, variant.name, variant.owner, names)))
+        chained, notes = coupled[variant.name]
+        variant.notes += [note for note in (*cut.notes, *notes) if note not in variant.notes]
+        tops.setdefault(variant.owner, []).append((variant.name, top_source(cut, root, variant.name, variant.owner, names, chained)))
     for path in _passages(graph, bodies):
         module = attribute(root, path)
         module.__class__ = live_class(Printed(type(module), "passage", (("path", path),)))

@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from ..backward import REGION
 from ..graph import HOST, attribute, count, device_of, dtype_of, least, select
+from .coupled import Chain
 from .native import SPECIAL, native, with_keywords, with_reduction
 from .outline import Piece, is_size
 
@@ -27,13 +28,16 @@ HOST_INFIX = {
 _LITERALS = (bool, int, float, complex, str, torch.dtype, torch.layout, torch.memory_format)
 
 
-def top_source(outline, root, name, owner="", bodies=None, regions=True):
+def top_source(outline, root, name, owner="", bodies=None, chains=(), regions=True):
     """The source of a top: `forward(self, <inputs>)` of the module at path `owner`, giving one flat tuple.
 
-    `bodies`: piece → the name of the body that its block runs, None for the block's first. `regions`: print what backward leaves out.
+    `bodies`: piece → the name of the body that its block runs, None for the block's first. `chains`: the calls that run as one reversible step.
+    `regions`: print what backward leaves out.
     """
+    starts, inner = {chain.pieces[0]: chain for chain in chains}, {piece for chain in chains for piece in chain.pieces[1:]}
+    steps = [starts.get(step, step) for step in outline.steps if step not in inner]
     module = attribute(root, owner)
-    writer = _Writer(outline.inputs, outline.steps, outline.sizes, module, owner)
+    writer = _Writer(outline.inputs, steps, outline.sizes, module, owner)
     writer.bodies, writer.tied, writer.whole, writer.regions = bodies or {}, _tied(root, owner), root, regions
     return writer.source(f"{type(module).__name__}, {name}", outline.result, is_top=True)
 
@@ -152,7 +156,9 @@ class _Writer:
         self.visits = {}
         targets = []
         for i, step in enumerate(self.steps):
-            if isinstance(step, Piece) or step.op == "call_module":
+            if isinstance(step, Chain):
+                targets += [(piece.path, True) for piece in step.pieces]
+            elif isinstance(step, Piece) or step.op == "call_module":
                 targets.append((step.path if isinstance(step, Piece) else step.target, True))
             targets += [(a.target, False) for a in self.reads[i] if a.op == "get_attr" and a not in self.names]
         for target, is_module in targets:
@@ -287,6 +293,8 @@ class _Writer:
     # ---- statements
 
     def statement(self, step):
+        if isinstance(step, Chain):
+            return self.call_chain(step)
         if isinstance(step, Piece):
             return self.call_block(step)
         text = self.call(step)
@@ -298,16 +306,31 @@ class _Writer:
             name = self.names[step] = self.numbered(_stem(step))
             self.lines.append(f"{name} = {text}")
 
+    def call_chain(self, chain):
+        """Blocks that backward runs again: each with what it takes beside the two streams, its body and that of its inverse."""
+        rows, before = [], ()
+        for piece, back in zip(chain.pieces, chain.inverses):
+            given = tuple(a for a in piece.inputs if a not in before)
+            rows.append(f"    ({self.read(piece.path)}, {self.value(given)}, {self.bodies.get(piece)!r}, {self.bodies.get(back)!r}),")
+            before = piece.outputs
+        self.bindings["reversible"] = "__import__('rewrite.reversible', fromlist=['*']).reversible"
+        self.used.add("reversible")
+        self.name_outputs(piece)
+        self.lines += [f"{', '.join(self.names[n] for n in piece.outputs)} = reversible(", *rows, ")"]
+
     def call_block(self, piece):
         arguments = [self.value(a) for a in piece.inputs]
         if body := self.bodies.get(piece):
             arguments.append(f"body={body!r}")
         text = f"{self.read(piece.path)}({', '.join(arguments)})"
+        self.name_outputs(piece)
+        self.lines.append(f"{', '.join(self.names[n] for n in piece.outputs)} = {text}" if piece.outputs else text)
+
+    def name_outputs(self, piece):
         parents = piece.path.rpartition(".")[0].rpartition(".")[2]
         stem = parents if parents.isidentifier() else "block"
         for node in piece.outputs:
             self.names[node] = self.numbered(stem if node is piece.outputs[0] else _stem(node))
-        self.lines.append(f"{', '.join(self.names[n] for n in piece.outputs)} = {text}" if piece.outputs else text)
 
     def call(self, node):
         """The text of one node's operation."""
