@@ -85,10 +85,10 @@ class Borrowed(Pass):
     role = "linear"
 
     def params(self, w, b):
-        return {"copy": w, "shift": b[:6]}
+        return {"twin": w, "shift": b[:6]}
 
-    def output(self, x, y, copy, shift):
-        return y + 0 * nn.functional.linear(x, copy) + 0 * shift
+    def output(self, x, y, twin, shift):
+        return y + 0 * nn.functional.linear(x, twin) + 0 * shift
 
 
 def test_a_tensor_that_is_a_handle_is_copied():

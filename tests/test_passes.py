@@ -8,6 +8,7 @@ import functools
 import importlib
 import json
 import re
+import typing
 from pathlib import Path
 
 import pytest
@@ -290,8 +291,9 @@ def test_refuses_a_where_that_hits_nothing(name):
 def test_refuses_impossible_options(name):
     _, place = own(spec_of(name))
     assert not {f.name for f in dataclasses.fields(class_of(name))} & set(COMMON)
+    hints = typing.get_type_hints(class_of(name))
     for option in [f.name for f in dataclasses.fields(class_of(name))]:
-        for wrong in ({}, None, float("nan"), [[]]):
+        for wrong in ({}, float("nan"), [[]], *([] if type(None) in typing.get_args(hints[option]) else [None])):
             broken = json.loads(json.dumps(spec_of(name)))
             own(broken)[0][option] = wrong
             with pytest.raises(SpecError, match=rf"{re.escape(place)}\.{option}(\[0\])?: expected "):
