@@ -270,7 +270,7 @@ def test_ids_are_asked_for_and_looked_at():
 def test_what_has_other_rows_is_refused():
     with pytest.raises(Refused, match="its rows are tokens sorted by expert, not those of the batch"):
         rewrite(build("mixtral"), batch_of({"fr": [{"pass": "lora", "where": "expert.up", "rank": 2}]}))
-    with pytest.raises(Refused, match="in a batch a value keeps its shape"):
+    with pytest.raises(SpecError, match="puts tokens in front of the model.s own, in all rows alike"):
         rewrite(build("llama"), batch_of({"fr": [{"pass": "prompt_tuning", "length": 3}]}))
     with pytest.raises(Refused, match="one value of positions serves all rows here"):
         rewrite(double("bert"), batch_of({"fr": [{"pass": "prefix_tuning", "length": 3, "shift": True}]}))

@@ -352,7 +352,7 @@ def test_inputs_that_do_not_fit_are_refused(pair):
     refused(live, r"A mask of four dimensions", input_ids=ids, attention_mask=torch.ones(2, 1, 9, 9, dtype=torch.bool))
     refused(live, r"attention_mask is a dict", input_ids=ids, attention_mask={"full_attention": None})
     refused(live, r"attention_mask is float32, the graph takes", input_ids=ids, attention_mask=mask.float())
-    refused(live, r"position_ids without attention_mask.*packed", input_ids=ids, position_ids=torch.arange(9)[None], use_cache=False)
+    refused(live, r"position_ids without attention_mask.*packed", input_ids=ids, position_ids=(torch.arange(9) % 5)[None], use_cache=False)
     refused(live, r"inputs_embeds was not captured: the graph begins at the ids", inputs_embeds=torch.randn(2, 9, 24))
     refused(live, r"output_attentions=True", input_ids=ids, output_attentions=True)
     refused(live, r"cu_seq_lens_q was not captured", input_ids=ids, cu_seq_lens_q=torch.tensor([0, 9]))
