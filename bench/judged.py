@@ -18,7 +18,7 @@ from rewrite.errors import Refused, RewriteError
 from rewrite.pipeline import apply, live_of
 from rewrite.report import Report
 from rewrite.roles.find import roles
-from rewrite.spec import Spec
+from rewrite.spec.parse import Spec
 
 SHAPES = ((2, 10), (1, 4))
 TOKENS = 5

@@ -15,10 +15,8 @@ import time
 import peft
 import torch
 import triton
-from torch import nn
-from torch.nn import functional as F
-
 from rewrite.kernels import lora_linear as k
+from torch import nn
 
 K = 2.0  # an error may be K times that of the plain ops in the same dtype
 GPU = [(rows, size, rank) for size in ((4096, 4096), (11008, 4096), (8192, 28672)) for rank in (8, 16, 64) for rows in (1, 16, 64, 512, 4096, 16384)]

@@ -16,7 +16,7 @@ from typing import Annotated
 from pydantic import Field
 
 from rewrite.contract import Pass
-from rewrite.lengthen import in_front
+from rewrite.edit.lengthen import in_front
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ report. Put it last: other passes look for what it has replaced.
 from dataclasses import dataclass
 
 import torch
+from rewrite.kernels.lora_linear import lora_linear
 
 from rewrite.contract import Pass
 from rewrite.fuse import fuse
-from rewrite.kernels.lora_linear import lora_linear
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
+from rewrite.kernels import dequant_int8, dequant_nf4
 
 from rewrite.contract import Pass, frozen
-from rewrite.kernels import dequant_int8, dequant_nf4
 
 
 @dataclass(frozen=True)

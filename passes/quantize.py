@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from rewrite.kernels import dequant_int8, dequant_nf4
 
 from rewrite.contract import Pass
-from rewrite.kernels import dequant_int8, dequant_nf4
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import sys
 from types import ModuleType
 
 _HOMES = {
-    "Broken": "errors", "compact": "compact", "Pass": "contract", "Refused": "errors", "RewriteError": "errors", "Spec": "spec", "SpecError": "errors",
-    "adapters": "adapters", "capture": "capture.model", "diff": "text", "export_onnx": "emit.onnx", "export_program": "emit.program", "kept": "backward", "load": "store", "merge": "pipeline",
-    "rewrite": "pipeline", "roles": "roles.find", "save": "store", "show": "text", "source": "emit.live", "to_networkx": "text", "training": "training",
+    "Broken": "errors", "compact": "training.compact", "Pass": "contract", "Refused": "errors", "RewriteError": "errors", "Spec": "spec.parse", "SpecError": "errors",
+    "adapters": "adapters", "capture": "capture.model", "diff": "text", "export_onnx": "emit.onnx", "export_program": "emit.program", "kept": "training.backward", "load": "store.folder", "merge": "pipeline",
+    "rewrite": "pipeline", "roles": "roles.find", "save": "store.folder", "show": "text", "source": "emit.live", "to_networkx": "text", "training": "training.loop",
 }  # fmt: skip
 __all__ = list(_HOMES)
 

@@ -16,15 +16,15 @@ from pathlib import Path
 import torch
 
 from . import graph as g
-from .batch import Batch, alone
 from .contract import Pass
+from .edit.batch import Batch, alone
 from .emit.live import make_live
 from .errors import Refused, RewriteError
-from .forms import Form
 from .pipeline import run_again
 from .report import Report
-from .spec import Spec, Step
-from .store import ADAPTER, put_tensors, read_folder, unwrapped, write
+from .spec.forms import Form
+from .spec.parse import Spec, Step
+from .store.folder import ADAPTER, put_tensors, read_folder, unwrapped, write
 
 
 def adapters(live):

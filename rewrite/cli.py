@@ -73,12 +73,12 @@ def apply(
     out: Annotated[Path, typer.Option(help="The folder to write: the spec, and the tensors that differ from the model's.", show_default=False)],
 ):
     """Rewrite a model by a spec, and save what is new."""
-    from .spec import Spec
+    from .spec.parse import Spec
 
     parsed = Spec.parse(spec)  # what is wrong with it is told before the weights are read
     from .pipeline import rewrite
-    from .pretrained import pretrained
-    from .store import refuse_unwritable, save
+    from .store.folder import refuse_unwritable, save
+    from .store.pretrained import pretrained
 
     refuse_unwritable(out)
     live = rewrite(pretrained(model), parsed)
@@ -91,8 +91,8 @@ def apply(
 def roles(model: Shape):
     """List what a spec's "where" can pick in a model. No weights are read."""
     from .capture.model import capture
-    from .pretrained import pretrained
     from .roles.find import roles as find
+    from .store.pretrained import pretrained
 
     found = find(capture(pretrained(model, weights=False)))
     _print(found)
@@ -106,12 +106,12 @@ def show(
     spec: Annotated[Path | None, typer.Argument(metavar="SPEC", help="A JSON spec; the graph is shown after its passes.", show_default=False)] = None,
 ):
     """Print a model's graph, or what a spec makes of it, as text: one line an operation. No weights are read."""
-    from .spec import Spec
+    from .spec.parse import Spec
 
     parsed = Spec.parse(spec) if spec is not None else Spec()
     from .capture.model import capture
     from .pipeline import apply as run
-    from .pretrained import pretrained
+    from .store.pretrained import pretrained
     from .text import show as text
 
     graph = capture(pretrained(model, weights=False), generation=False, stamp=True)
@@ -126,13 +126,13 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ):
     """Count what a spec would train and store, per pass, from a config alone: no weights are read or made."""
-    from .spec import Spec
+    from .spec.parse import Spec
 
     parsed = Spec.parse(spec)
     from .capture.model import capture
     from .pipeline import apply as run
-    from .pretrained import pretrained
     from .report import Size
+    from .store.pretrained import pretrained
 
     with Console(stderr=True).status("capturing"):
         graph = capture(pretrained(model, weights=False), generation=False, stamp=True)
@@ -234,15 +234,15 @@ def export(
         raise typer.BadParameter(f'"{to}" ends in neither .onnx nor .pt2.', param_hint="--to")
     if not to.parent.is_dir():
         raise Refused(f"{to}: cannot be written: {to.parent} is not a folder. Make it first, or choose another.")
-    from .spec import Spec
+    from .spec.parse import Spec
 
     folder = source is not None and Path(source).is_dir()
     parsed = Spec() if source is None or folder else Spec.parse(source)
-    from .pretrained import pretrained
+    from .store.pretrained import pretrained
 
     base = pretrained(model)
     if folder:
-        from .store import load
+        from .store.folder import load
 
         live = load(base, source)
     else:
@@ -279,7 +279,7 @@ def demo(
 @app.command(epilog=examples("rewrite schema > spec.schema.json"))
 def schema():
     """Print the JSON Schema of a spec, for editors."""
-    from .spec import Spec
+    from .spec.parse import Spec
 
     print(json.dumps(Spec.schema(), indent=2, ensure_ascii=False))
 
@@ -287,7 +287,7 @@ def schema():
 @app.command(epilog=examples("rewrite methods > docs/methods.md"))
 def methods():
     """Print the built-in passes as a page: equations, where they act, options, sources."""
-    from .methods import page
+    from .spec.methods import page
 
     print(page(), end="")
 

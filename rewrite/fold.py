@@ -10,11 +10,11 @@ import torch
 from torch import fx, nn
 
 from . import graph as g
-from .body import signature
-from .operation import Operation
-from .edit import names_of
+from .edit.body import signature
+from .edit.operation import Operation
+from .edit.reading import names_of
 from .errors import Refused
-from .hooks import forget
+from .training.hooks import forget
 
 #: How far from affine float64 rounding may look, relative to the RMS of the values.
 ROUNDING = 1e-9

@@ -186,7 +186,7 @@ def remove(root, path):
         del module._modules[parent]
 
 
-def _shallow(module):
+def shallow(module):
     twin = module.__new__(type(module))
     twin.__dict__ = dict(module.__dict__)
     twin.__dict__.pop("forward", None)  # an instance attribute left by a tracer would run the original code
@@ -213,7 +213,7 @@ def clone_tree(model):
     def visit(module):
         if id(module) in modules:
             return modules[id(module)]
-        twin = modules[id(module)] = _shallow(module)
+        twin = modules[id(module)] = shallow(module)
         for name, value in module._parameters.items():
             twin._parameters[name] = tensor(value)
         for name, value in module._buffers.items():

@@ -7,26 +7,26 @@ import copy
 import dataclasses
 import time
 
-from .backward import lost_gradient
-from .batch import Batch
 from .capture.model import capture
-from .compose import beside
 from .contract import Pass
-from .derive import settle, whole
-from .edit import Edit
+from .edit.batch import Batch
+from .edit.compose import beside
+from .edit.derive import settle, whole
+from .edit.edit import Edit
+from .edit.prompts import follow, split
+from .edit.rows import RowsEdit
 from .emit.live import make_live
 from .errors import Refused
-from .fingerprint import fingerprint
-from .forms import Form, placed, leaves
 from .graph import attribute
-from .prompts import follow, split
 from .report import Applied, Report, Size
 from .roles.find import Roles, roles
-from .rows import RowsEdit
-from .spec import Spec, Step
-from .text import show
-from .verify import Record, verify
 from .roles.where import select
+from .spec.forms import Form, leaves, placed
+from .spec.parse import Spec, Step
+from .store.fingerprint import fingerprint
+from .text import show
+from .training.backward import lost_gradient
+from .verify import Record, verify
 
 
 def rewrite(model, spec, example=None, *, donate=False):

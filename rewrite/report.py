@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .hooks import Hooked
+from .training.hooks import Hooked
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
 from . import graph as g
-from .body import signature
+from .edit.body import signature
 from .errors import Broken
 from .report import Report
 from .text import diff, line

@@ -13,10 +13,9 @@ import tempfile
 from pathlib import Path
 
 import triton
+from rewrite.kernels import lora_linear
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from rewrite.kernels import lora_linear
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a block may have
 DTYPES = ("bf16", "fp16", "fp32")

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from rewrite.options import common, options_schema
-from rewrite.spec import builtin_names, pass_of
+from rewrite.spec.options import common, options_schema
+from rewrite.spec.parse import builtin_names, pass_of
 
 # ---- models --------------------------------------------------------------------------------------------------------------
 

@@ -11,9 +11,9 @@ from torch import fx
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from rewrite.graph import Check, Graph
 from rewrite.calls.leaves import leaves, rebuild
 from rewrite.calls.signature import sign, variants
+from rewrite.graph import Check, Graph
 
 HINTS = {"batch": 3, "length": 11, "past": 5, "target": 7, "source": 13}
 

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from rewrite import Refused, Spec, SpecError, export_onnx, load, pipeline, rewrite, save, training
 from rewrite import graph as g
-from rewrite import lengthen
-from rewrite.batch import alone
+from rewrite.edit import lengthen
+from rewrite.edit.batch import alone
 
 EXACT = 1e-12
 ONE = {

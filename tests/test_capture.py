@@ -10,12 +10,12 @@ import transformers
 from models import FAMILIES, build, captured, example
 from torch import fx, nn
 
+from rewrite.calls.leaves import leaves
 from rewrite.capture.model import capture
+from rewrite.emit.live import make_live
 from rewrite.emit.unlabelled import unlabelled
 from rewrite.errors import Refused
-from rewrite.emit.live import make_live
 from rewrite.graph import HOST, attribute
-from rewrite.calls.leaves import leaves
 
 SHAPES = [(2, 7), (1, 1), (3, 11), (1, 5), (2, 1)]
 

@@ -12,14 +12,14 @@ import onnxruntime
 import pytest
 import safetensors.torch
 import torch
+from models import build, example
 from typer.testing import CliRunner
 
-from models import build, example
 from rewrite.cli import app
 from rewrite.pipeline import merge, rewrite
-from rewrite.pretrained import pretrained
-from rewrite.spec import Spec
-from rewrite.store import load, save
+from rewrite.spec.parse import Spec
+from rewrite.store.folder import load, save
+from rewrite.store.pretrained import pretrained
 
 LORA = {"passes": [{"pass": "lora", "where": "attention.{q,v}", "rank": 4}, {"pass": "unfreeze", "where": "head"}]}
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from rewrite import Pass, Refused, Spec, SpecError, load, merge, rewrite, save, show
-from rewrite.forms import Form
+from rewrite.spec.forms import Form
 from tests.models import build, example
 
 DOUBLE = rounding(torch.float64)

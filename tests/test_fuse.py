@@ -6,11 +6,11 @@ import time
 import pytest
 import torch
 from checks import TOYS, captured, close, model_of, rejects, rounding, wake
+from rewrite.kernels.lora_linear import lora_linear
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from rewrite import Refused, export_onnx, export_program, load, merge, pipeline, rewrite, save, source
-from rewrite.kernels.lora_linear import lora_linear
 from rewrite.occurrence import occurrences, patterns
 
 X, W, B, DOWN, UP = torch.randn(3, 5), torch.randn(7, 5), torch.randn(7), torch.randn(2, 5), torch.randn(7, 2)

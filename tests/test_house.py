@@ -2,7 +2,6 @@
 
 import ast
 import json
-import json
 import re
 import sys
 from pathlib import Path
@@ -10,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from rewrite import Spec
-from rewrite.forms import leaves
-from rewrite.spec import builtin_names, pass_of
+from rewrite.spec.forms import leaves
+from rewrite.spec.parse import builtin_names, pass_of
 
 TOP = Path(__file__).resolve().parent.parent
 LONGEST, WIDEST = 600, 300

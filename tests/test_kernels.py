@@ -12,7 +12,6 @@ import pytest
 import torch
 from aot import SHARED, compiled, fault
 from interpreted import CASES, error, run, tensors
-
 from rewrite.kernels import dequant_int8, dequant_nf4
 from rewrite.kernels import lora_linear as k
 

@@ -11,7 +11,8 @@ import transformers as T
 from checks import TOYS, close, model_of, rejects, rounding, wake
 from torch.nn import functional as F
 
-from rewrite import Refused, kept, reversible, rewrite, source
+from rewrite import Refused, kept, rewrite, source
+from rewrite.training import reversible
 
 EXACT = rounding(torch.float64)
 

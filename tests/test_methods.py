@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rewrite import contract, methods, spec
+from rewrite import contract
+from rewrite.spec import methods
+from rewrite.spec import parse as spec
 
 DOCS = Path(__file__).parent.parent / "docs"
 ADDING = (DOCS / "adding-a-method.md").read_text()

@@ -1,6 +1,5 @@
 """Single ops and small functions: each level of the writer, in-place changes, sizes, kernels that carry a reference."""
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,8 +7,7 @@ from torch import fx, nn
 
 from rewrite.emit import agree
 from rewrite.emit.onnx import export_onnx
-from rewrite.errors import Broken, Refused
-from rewrite.graph import Graph, attribute, has_attribute, install
+from rewrite.graph import Graph, has_attribute, install
 
 
 class Function(nn.Module):

@@ -17,8 +17,8 @@ from checks import OUTSIDE, TOYS, captured, changeable, close, learned, model_of
 
 from rewrite import Refused, Spec, SpecError, export_onnx, load, merge, pipeline, rewrite, save, show
 from rewrite import graph as g
-from rewrite.options import COMMON, common
-from rewrite.spec import builtin_names, pass_of
+from rewrite.spec.options import COMMON, common
+from rewrite.spec.parse import builtin_names, pass_of
 from rewrite.text import line
 
 GOLDEN = Path(__file__).parent / "golden"

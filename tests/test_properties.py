@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, Phase, event, given, note, settings
 from hypothesis import strategies as st
 
 from rewrite import Refused, SpecError, capture, load, merge, pipeline, rewrite, roles, save
-from rewrite.forms import leaves
+from rewrite.spec.forms import leaves
 
 HUNT = int(os.environ.get("REWRITE_HUNT", 0))
 SIZES = [(2, 5), (3, 8), (1, 1)]

@@ -12,11 +12,11 @@ import pytest
 import torch
 import transformers as T
 from checks import TOYS, captured, close, model_of, rejects, rounding, tensor_of, unchanged, wake
+from rewrite.kernels import dequant_int8, dequant_nf4
 from torch.nn import functional as F
 
 from rewrite import Refused, export_onnx, load, merge, pipeline, rewrite, save
-from rewrite.fingerprint import facts
-from rewrite.kernels import dequant_int8, dequant_nf4
+from rewrite.store.fingerprint import facts
 
 GOLDEN = Path(__file__).parent / "golden" / "nf4.json"
 NF4, INT8 = ({"pass": "quantize", "where": "linear", "format": name} for name in ("nf4", "int8"))
@@ -181,7 +181,7 @@ def test_what_trains_is_stored_though_it_was_derived(tmp_path):
 
 def test_a_donated_model_lets_go_weight_by_weight(monkeypatch):
     """At no time are more than the model, the codes so far and one weight in memory."""
-    from rewrite import derive
+    from rewrite.edit import derive
 
     model = copy.deepcopy(model_of("gated"))
     sizes = {name: p.numel() * 4 for name, p in model.named_parameters()}
@@ -192,7 +192,7 @@ def test_a_donated_model_lets_go_weight_by_weight(monkeypatch):
         if edit.main:
             seen.append(sum(sizes[name] for name, p in model.named_parameters() if p.numel()))
 
-    monkeypatch.setattr("rewrite.edit.let_go", let_go)
+    monkeypatch.setattr("rewrite.edit.edit.let_go", let_go)
     before = sum(sizes.values())
     live = rewrite(model, {"passes": [NF4]}, donate=True)
     steps = [a - b for a, b in zip([before, *seen], seen)]

@@ -10,15 +10,15 @@ import sympy
 import torch
 import transformers as T
 from signed import signed
-from transformers.cache_utils import DynamicCache, StaticCache
 from torch import nn
+from transformers.cache_utils import DynamicCache, StaticCache
 
 from rewrite import capture
 from rewrite.calls import caches, slots
-from rewrite.emit.live import make_live
-from rewrite.errors import Refused
 from rewrite.calls.leaves import leaves, rebuild
 from rewrite.calls.signature import Signature, variants
+from rewrite.emit.live import make_live
+from rewrite.errors import Refused
 
 DECODERS = ["llama", "qwen3", "gemma3", "gpt2", "gpt_neox", "mixtral"]
 SEQ2SEQ = ["t5", "bart", "whisper"]

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from rewrite.contract import Pass
 from rewrite.errors import SpecError
-from rewrite.spec import Spec, Step, builtin_names, pass_of
+from rewrite.spec.parse import Spec, Step, builtin_names, pass_of
 
 
 class Side(enum.Enum):

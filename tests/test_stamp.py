@@ -7,10 +7,10 @@ from models import ENC_DEC, FAMILIES, GROUPED, SIZES, SPECIAL, build
 from test_capture import Run
 from torch import nn
 
-from rewrite.capture.model import capture
-from rewrite.text import show
-from rewrite.capture.trace import trace
 from rewrite.calls.variants import variants
+from rewrite.capture.model import capture
+from rewrite.capture.trace import trace
+from rewrite.text import show
 
 DEEP = {**SIZES, "num_hidden_layers": 4}
 MORE = {

@@ -12,16 +12,16 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from models import build, example
 from torch import nn
 
-import rewrite.store as store
-from models import build, example
+import rewrite.store.folder as store
 from rewrite.contract import Pass
 from rewrite.errors import Refused, SpecError
-from rewrite.fingerprint import Fact, fingerprint
 from rewrite.pipeline import merge, rewrite
-from rewrite.spec import Spec
-from rewrite.store import load, save
+from rewrite.spec.parse import Spec
+from rewrite.store.fingerprint import Fact, fingerprint
+from rewrite.store.folder import load, save
 
 LORA = {"passes": [{"pass": "lora", "where": "attention.{q,v}", "rank": 4}]}
 EXAMPLE = example("llama", batch=3, length=5)

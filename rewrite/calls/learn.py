@@ -13,7 +13,6 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from ..graph import clone_tree
-from .leaves import leaves
 
 # what a model may say to arguments that it does not take
 FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError, NotImplementedError, StopIteration)

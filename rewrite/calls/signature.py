@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from . import caches
 from ..errors import Refused
 from ..graph import attribute
+from . import caches
 from .hidden import HiddenStates
 from .leaves import Tree, leaves, rebuild
 from .slots import CACHE, Check, Slot, checks_of, resized, slots_of

@@ -10,8 +10,8 @@ from transformers.utils.generic import find_labels
 
 from ..errors import Refused
 from .inputs import Examples, sizes_like
-from .leaves import FullLayer, leaves, rebuild
 from .learn import FAILURES, Loss, arrival, call, hidden_of, is_default, loss_of
+from .leaves import FullLayer, leaves, rebuild
 
 IDS = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "decoder_input_ids", "decoder_attention_mask", "decoder_position_ids"}
 

@@ -12,7 +12,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
-from ..graph import _shallow
+from ..graph import own_configs, shallow
 
 
 class Symbols:
@@ -64,7 +64,6 @@ def _device(tensor):
 
 def fake_tree(model, fake_mode, cast):
     """Shallow clones of a model's modules that hold fake tensors (`cast`: dtype → dtype) → (tree, {id(fake): path})."""
-    from ..graph import _shallow, own_configs
 
     fakes, paths, modules = {}, {}, {}
 
@@ -81,7 +80,7 @@ def fake_tree(model, fake_mode, cast):
     def visit(module, path):
         if id(module) in modules:
             return modules[id(module)]
-        twin = modules[id(module)] = _shallow(module)
+        twin = modules[id(module)] = shallow(module)
         at = path + "." if path else ""
         for held in ("_parameters", "_buffers"):
             for name, value in getattr(module, held).items():

@@ -16,14 +16,14 @@ import torch
 from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from .align import Alignment, Misaligned
+from ..calls.signature import sign
+from ..calls.variants import Variant, variants
 from ..errors import Refused
 from ..graph import Check, Graph, attribute, clone_tree, has_attribute, install, select
+from .align import Alignment, Misaligned
 from .reads import Merge, read_devices
-from ..calls.signature import sign
 from .tidy import named_arguments, set_argument, tidy
 from .trace import CannotTrace, trace
-from ..calls.variants import Variant, variants
 
 _ATTEMPTS = 24
 

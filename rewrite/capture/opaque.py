@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, track_tensor_tree
 from torch.utils import _pytree as pytree
 
-from .fakes import fake_tree
 from ..graph import attribute, clone_tree
+from .fakes import fake_tree
 
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)

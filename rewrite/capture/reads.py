@@ -6,8 +6,8 @@ from collections import deque
 import torch
 from torch import fx
 
-from .align import Cast, Misaligned
 from ..graph import HOST, count, device_of, dtype_of, least, select
+from .align import Cast, Misaligned
 from .tidy import named_arguments, set_argument
 
 aten = torch.ops.aten

@@ -149,7 +149,7 @@ class Recording:
             raise Unlike("it uses a tensor that no module of the model holds")
 
     def _results(self, result, before):
-        given, tracer = self.given, self.tracer
+        given = self.given
         self._known = {id(value): ("given", place) for place, value in enumerate(given.leaves) if isinstance(value, (torch.Tensor, Cache))}
         for key, held in before["layers"].items():
             if given.slot is not None and given.slot < len(held):

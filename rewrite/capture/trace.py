@@ -41,9 +41,9 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.overrides import TorchFunctionMode
 
-from .fakes import export_patches, fake_inputs, fake_tree, own_randomness
-from ..graph import attribute
 from ..calls.leaves import leaves, rebuild
+from ..graph import attribute
+from .fakes import export_patches, fake_inputs, fake_tree, own_randomness
 from .opaque import stand_in
 from .stamp import Stamps
 

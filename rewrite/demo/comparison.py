@@ -16,13 +16,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from rewrite.emit.onnx import export_onnx
-from rewrite.errors import Refused
-from rewrite.pipeline import merge, rewrite
-from rewrite.roles.find import roles
-from rewrite.spec import Spec
-from rewrite.store import save
-
+from ..emit.onnx import export_onnx
+from ..errors import Refused
+from ..pipeline import merge, rewrite
+from ..roles.find import roles
+from ..spec.parse import Spec
+from ..store.folder import save
 from . import corpus, encoder, training
 
 PLAIN, EVERY = ("unfreeze", "lora"), ("unfreeze", "lora", "adapter", "bitfit", "full")

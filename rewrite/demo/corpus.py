@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from rewrite.errors import Refused
+from ..errors import Refused
 
 PACKAGES = {
     "asyncio": "asyncio",

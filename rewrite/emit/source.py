@@ -14,8 +14,8 @@ from collections import Counter
 import torch
 from torch import fx, nn
 
-from ..backward import REGION
 from ..graph import HOST, attribute, count, device_of, dtype_of, least, select
+from ..training.backward import REGION
 from .coupled import Chain
 from .native import SPECIAL, native, with_keywords, with_reduction
 from .outline import Piece, is_size
@@ -313,7 +313,7 @@ class _Writer:
             given = tuple(a for a in piece.inputs if a not in before)
             rows.append(f"    ({self.read(piece.path)}, {self.value(given)}, {self.bodies.get(piece)!r}, {self.bodies.get(back)!r}),")
             before = piece.outputs
-        self.bindings["reversible"] = "__import__('rewrite.reversible', fromlist=['*']).reversible"
+        self.bindings["reversible"] = "__import__('rewrite.training.reversible', fromlist=['*']).reversible"
         self.used.add("reversible")
         self.name_outputs(piece)
         self.lines += [f"{', '.join(self.names[n] for n in piece.outputs)} = reversible(", *rows, ")"]

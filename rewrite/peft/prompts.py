@@ -11,9 +11,9 @@ import torch
 
 from ..capture.model import capture
 from ..errors import Refused
-from ..fingerprint import fingerprint
 from ..pipeline import rewritten
-from ..spec import Spec
+from ..spec.parse import Spec
+from ..store.fingerprint import fingerprint
 
 PROMPTS = {"PREFIX_TUNING": "prefix_tuning", "PROMPT_TUNING": "prompt_tuning"}
 TENSOR = "prompt_embeddings"

@@ -19,14 +19,14 @@ import safetensors
 import torch
 
 from ..capture.model import capture
-from ..edit import names_of
+from ..edit.reading import names_of
 from ..errors import Refused, SpecError
-from ..fingerprint import fingerprint, stored_tensors
 from ..graph import attribute
 from ..pipeline import rewritten
 from ..roles.find import roles
 from ..roles.where import parse as parse_where
-from ..spec import Spec, read_json
+from ..spec.parse import Spec, read_json
+from ..store.fingerprint import fingerprint, stored_tensors
 from .methods import ANY_LAYER, EMBEDDED, PLAIN_STARTS, method_of, plain_pattern, rank_left
 from .prompts import PROMPTS, TAKES, read_prompt
 

@@ -12,10 +12,10 @@ import re
 import safetensors.torch
 from torch import nn
 
-from ..batch import Batch
+from ..edit.batch import Batch
 from ..errors import Refused
-from ..forms import Form
 from ..graph import attribute
+from ..spec.forms import Form
 from .methods import EMBEDDED, METHODS
 from .prompts import PROMPTS, prompt_files
 from .read import CONFIG, NAME, PREFIX, TENSORS

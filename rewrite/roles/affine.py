@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from .dataflow import is_float, tensors, value
 from ..graph import attribute, expression
+from .dataflow import is_float, tensors, value
 from .site import Rows
 
 # op → (x, w, b) positions in args; None where the op has none

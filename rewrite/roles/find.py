@@ -9,11 +9,11 @@ from fractions import Fraction
 
 from torch import nn
 
+from ..graph import Graph, attribute, path_of
 from .affine import find_affine, union
 from .attention import find_attention, find_projections
 from .branches import Mlp, branches, find_residuals, find_routers, read_branch
 from .dataflow import Flow, is_float, tensors, value
-from ..graph import Graph, attribute, path_of
 from .norms import find_norms
 from .site import Layout, Roles, Rows, Site
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from .dataflow import is_float, tensors, value
 from ..graph import attribute
+from .dataflow import is_float, tensors, value
 
 # op → (weight, bias) positions
 _NORMS = {

@@ -18,9 +18,9 @@ import safetensors
 import safetensors.torch
 import torch
 
-from .errors import Refused, SpecError
+from ..errors import Refused, SpecError
+from ..spec.parse import Spec
 from .fingerprint import Fact, Fingerprint, dtype_name, facts, fingerprint, stored_tensors
-from .spec import Spec
 
 SPEC, ADAPTER = "spec.json", "adapter.safetensors"
 FORMAT = 1
@@ -48,7 +48,7 @@ def save(live, folder, format="rewrite", *, whole=False):
         tensors = {name: tensor for name, tensor in tensors.items() if name not in same}
     _refuse_not_finite(tensors, "was not saved: did the training diverge?")
     if format == "peft":
-        from .peft.write import files
+        from ..peft.write import files
 
         _replace(folder, files(live, tensors))
         return folder
@@ -219,11 +219,11 @@ def load(model, folder, passes=(), example=None):
     Raises Refused for another base than the one saved with, and for a folder that is incomplete, damaged, or not of this kind; SpecError
     for a spec in it that is wrong. The model is handed back complete or not at all.
     """
-    from .pipeline import rewrite_again  # the pipeline takes fingerprints, this needs the pipeline
+    from ..pipeline import rewrite_again  # the pipeline takes fingerprints, this needs the pipeline
 
     folder = Path(folder)
     if os.path.lexists(folder / "adapter_config.json"):
-        from .peft.read import read
+        from ..peft.read import read
 
         return read(model, folder, example)
     _refuse_not_ours(folder)

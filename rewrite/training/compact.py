@@ -11,9 +11,9 @@ import dataclasses
 
 import torch
 
-from .errors import Refused
+from ..errors import Refused
+from ..store.folder import stored_tensors, unwrapped
 from .hooks import View
-from .store import stored_tensors, unwrapped
 
 
 def compact(live):
@@ -22,7 +22,7 @@ def compact(live):
     Each step that can be made smaller becomes one step for each set of options that is left. Frozen tensors are shared with `live`, what trains
     is copied. Raises Refused where no pass can be made smaller, and for a model whose base a merge has changed.
     """
-    from .pipeline import apply, live_of  # the pipeline keeps what this begins from
+    from ..pipeline import apply, live_of  # the pipeline keeps what this begins from
 
     live = unwrapped(live, "compact")
     found = {place: hooked for place, hooked in live.report.hooked.items() if hasattr(hooked.step.options, "compacted")}

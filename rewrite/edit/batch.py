@@ -12,8 +12,8 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 
-from .errors import SpecError
-from .options import said
+from ..errors import SpecError
+from ..spec.options import said
 
 IDS = "adapter_ids"
 _LONGEST = 40  # characters of a name put together of adapters' names

@@ -3,8 +3,8 @@
 import importlib
 import inspect
 
+from ..roles.where import ROLES
 from .options import COMMON, common, options_schema
-from .roles.where import ROLES
 
 SEED_LIMIT = 2**63
 _SHARED = {

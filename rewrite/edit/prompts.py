@@ -11,8 +11,8 @@ of its own ("first").
 import sympy
 import torch
 
-from . import graph as g
-from .errors import Refused
+from .. import graph as g
+from ..errors import Refused
 from .lengthen import paste
 
 CACHE = "past_key_values"

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from . import graph as g
-from .contract import FACTS, FUNCTIONS, OUTER, REPLACES, Frozen, wants
+from .. import graph as g
+from ..contract import FACTS, FUNCTIONS, OUTER, REPLACES, Frozen, wants
+from ..errors import Refused
+from ..training.hooks import COUNTER, Base, Held, Hooked
 from .derive import BASE, set_base
-from .errors import Refused
-from .hooks import COUNTER, Base, Held, Hooked
 
 #: what the code of a pass may raise when a site is not what it expected
 FAILURES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError)

@@ -10,8 +10,8 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .errors import Refused
-from .graph import device_of, dtype_of, expression, select
+from ..errors import Refused
+from ..graph import device_of, dtype_of, expression, select
 
 #: sizes at which a question about one is tried
 _SIZES = (2, 3, 4, 5, 7, 8, 16, 17, 64, 101, 4096)

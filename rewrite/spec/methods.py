@@ -8,8 +8,8 @@ import inspect
 import json
 import re
 
-from .options import common, words_of, options_schema
-from .spec import builtin_names, pass_of
+from .options import common, options_schema, words_of
+from .parse import builtin_names, pass_of
 
 INTRO = """\
 # Methods

@@ -8,7 +8,7 @@ Sizes follow the value that is handed in: a body that views `(batch, length, …
 import torch
 from torch import fx
 
-from .graph import count, expression
+from ..graph import count, expression
 
 _SIZE = torch.ops.aten.sym_size.int
 _VIEWS = {torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default}

@@ -9,8 +9,8 @@ Hooks write in place, so what they choose is a buffer that the printed source re
 
 from dataclasses import dataclass, field
 
-from . import graph as g
-from .roles.site import Rows
+from .. import graph as g
+from ..roles.site import Rows
 
 #: how many optimizer steps the model has seen: a buffer, so that it is saved and resumed with the tensors
 COUNTER = "steps_done"

@@ -9,10 +9,10 @@ import dataclasses
 import torch
 from torch import fx
 
-from . import graph as g
-from .contract import Pass
-from .errors import Refused
-from .fingerprint import facts
+from .. import graph as g
+from ..contract import Pass
+from ..errors import Refused
+from ..store.fingerprint import facts
 
 #: handles that `derive` may give a new value -> the field of an Operation that holds their path
 BASE = {"w": "weight", "b": "bias"}

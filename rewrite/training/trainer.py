@@ -9,8 +9,8 @@ task's alone. A pass with a loss of its own adds to the model's in training mode
 import torch
 import transformers
 
-from .errors import Refused
-from .store import unwrapped
+from ..errors import Refused
+from ..store.folder import unwrapped
 
 
 def callback(training):

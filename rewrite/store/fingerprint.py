@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import Refused
+from ..errors import Refused
 
 
 @dataclass(frozen=True)

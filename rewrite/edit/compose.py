@@ -15,11 +15,11 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from . import graph as g
+from .. import graph as g
+from ..contract import REPLACES
+from ..errors import Refused
+from ..spec.forms import leaves
 from .body import signature
-from .contract import REPLACES
-from .errors import Refused
-from .forms import leaves
 
 _ADD, _SUB = torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor
 

@@ -9,7 +9,7 @@ Each of the inner steps is a step, a form, or a list of these that run one after
 import dataclasses
 from dataclasses import dataclass, field
 
-from .batch import Batch
+from ..edit.batch import Batch
 from .options import closest, said
 
 

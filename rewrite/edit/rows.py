@@ -14,16 +14,17 @@ from torch._C import _functorch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from . import graph as g
+from .. import graph as g
+from ..calls import added
+from ..contract import FACTS, FUNCTIONS, REPLACES, Frozen, Input, has_default, wants
+from ..errors import Refused
+from ..training.hooks import Held
 from .batch import IDS
 from .body import Body, signature
-from .calls import added
-from .contract import FACTS, FUNCTIONS, REPLACES, Frozen, Input, has_default, wants
-from .edit import Edit, names_of
-from .errors import Refused
-from .hooks import Held
+from .edit import Edit
 from .lengthen import growth, lengthen
 from .operation import _SAME
+from .reading import names_of
 from .tensors import NewTensors, Seen, _tensor
 
 aten = torch.ops.aten

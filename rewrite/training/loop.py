@@ -13,11 +13,11 @@ import hashlib
 
 import torch
 
-from . import graph as g
-from .contract import wants
-from .errors import Refused
+from .. import graph as g
+from ..contract import wants
+from ..errors import Refused
+from ..store.folder import unwrapped
 from .hooks import COUNTER, discard
-from .store import unwrapped
 
 
 def training(live):

@@ -21,14 +21,13 @@ from types import ModuleType
 import pydantic
 from torch import nn
 
-from .batch import Batch, parse_batch, place_of, refuse_second
-from .contract import Pass
-from .errors import SpecError
+from ..contract import Pass
+from ..edit.batch import Batch, parse_batch, place_of, refuse_second
+from ..errors import SpecError
+from ..roles.where import parse as parse_where
 from .forms import Form, form_of, leaves, parse_form, refuse_mixing
 from .options import COMMON, closest, common, options_model, parse_options, said
 from .schema import SEED_LIMIT, schema
-from .roles.where import parse as parse_where
-
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ adapters the rows of others have places there too, and see none of them.
 
 import torch
 
-from . import graph as g
+from .. import graph as g
+from ..errors import Refused
+from ..roles.dataflow import PRODUCTS, op_name
 from .body import Body, signature
-from .errors import Refused
 from .region import body_of
-from .roles.dataflow import PRODUCTS, op_name
 
 _SDPA = torch.ops.aten.scaled_dot_product_attention.default
 # what acts on scores place by place: op → what another operand of theirs has at the places in front

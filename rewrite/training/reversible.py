@@ -13,7 +13,7 @@ import contextlib
 import torch
 from torch.autograd.function import once_differentiable
 
-from .errors import Refused
+from ..errors import Refused
 
 DRIFT = 1e-2  # how far from what a block gave may what is computed back be, relative to its norm
 
