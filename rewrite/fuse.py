@@ -3,6 +3,7 @@
 A node made here remembers in `meta["fused"]` the names of the captured nodes that it stands for.
 """
 
+from . import graph as g
 from .errors import Refused
 from .occurrence import occurrences, patterns
 
@@ -24,8 +25,13 @@ def fuse(edit, ops):
             node = graph.fx.call_function(occurrence.op.overload, occurrence.args)
         node.meta = {**near.meta, "made": edit.kind, "role": f"made.{edit.kind}", "fused": captured, "val": root.meta["val"]}
         root.replace_all_uses_with(node)
-        for old in (root, *sorted(occurrence.inner, reverse=True)):
+        gone = (root, *sorted(occurrence.inner, reverse=True))
+        asked = dict.fromkeys(a for old in gone for a in old.all_input_nodes if a.target is g.dtype_of)
+        for old in gone:
             graph.fx.erase_node(old)
+        for old in asked:  # the op asks its x
+            if not old.users:
+                graph.fx.erase_node(old)
         sites.append((near.meta.get("site", near.meta.get("path", "")), occurrence.op.name))
     edit.by_name = {node.name: node for node in graph.nodes}
     edit.restructured = True

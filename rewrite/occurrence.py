@@ -3,11 +3,13 @@
     reference, traced:  y = linear(x, w, b) + scale * linear(linear(x, down), up)
     graph:              %add = add(%linear, %mul)  …                                 -->  Occurrence(%add, (x, w, b, down, up, 8.0))
 
-No language of patterns: a reference is traced once for each variant (with a bias and without), its literals stand for whatever number the graph
-has there, sums and products are tried both ways. A part may not hold a value that is used outside of it. One look at each node, in graph order.
+No language of patterns: a reference is traced once for each variant (with a bias and without), its literals stand for whatever number or list of
+sizes the graph has there, its dtype for that of its x, sums and products are tried both ways. A part may not hold a value that is used outside of
+it. One look at each node, in graph order.
 """
 
 import inspect
+import itertools
 import typing
 from dataclasses import dataclass
 
@@ -15,12 +17,14 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from .graph import dtype_of
+
 COMMUTES = {torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor}
 
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
-    """A traced variant of a reference: `root` gives its result, `names` maps placeholders to arguments, `literals` numbers to the arguments that they stand for."""
+    """A traced variant of a reference: `root` gives its result, `names` maps placeholders to arguments, `literals` numbers and sizes to the arguments that they stand for."""
 
     op: object
     root: fx.Node
@@ -52,22 +56,25 @@ class Differs(Exception):
 
 
 def patterns(op, values):
-    """The variants of an op's reference: `values` gives a small tensor for each tensor argument; each that may be None is left out in one of them."""
+    """The variants of an op's reference: `values` gives a small tensor for each tensor argument and a list for each list of sizes; what may be None is
+    left out in one of them."""
     signature = inspect.signature(op.reference, eval_str=True)
     names = tuple(signature.parameters)
     optional = [name for name, p in signature.parameters.items() if type(None) in typing.get_args(p.annotation)]
     numbers = {name: 0.8125 + i / 4096 for i, (name, p) in enumerate(signature.parameters.items()) if p.annotation is float}
+    sizes = {name: value for name, value in values.items() if isinstance(value, list)}
+    literals = {value: name for name, value in numbers.items()} | {tuple(value): name for name, value in sizes.items()}
     found = []
-    for absent in ((), *((name,) for name in optional)):
-        tensors = {name: values[name] for name in names if name in values and name not in absent}
+    for absent in (some for n in range(len(optional) + 1) for some in itertools.combinations(optional, n)):
+        tensors = {name: values[name] for name in names if name in values and name not in (*absent, *sizes)}
 
         def call(*given):
-            return op.reference(**dict(zip(tensors, given)), **dict.fromkeys(absent), **numbers)  # noqa: B023
+            return op.reference(**dict(zip(tensors, given)), **dict.fromkeys(absent), **numbers, **sizes)  # noqa: B023
 
         graph = make_fx(call, pre_dispatch=True)(*tensors.values()).graph
         placeholders = [n for n in graph.nodes if n.op == "placeholder"]
         root = next(iter(reversed(graph.nodes))).args[0]
-        found.append(Pattern(op, root, dict(zip(placeholders, tensors)), {value: name for name, value in numbers.items()}, names))
+        found.append(Pattern(op, root, dict(zip(placeholders, tensors)), literals, names))
     return found
 
 
@@ -118,6 +125,15 @@ def _agree(pattern, wanted, node, bound):
             raise Differs(f"{node} stands where a number should", len(bound))
         if bound.setdefault(wanted, float(node)) != float(node):
             raise Differs(f"{node} and {bound[wanted]} should be one number", len(bound))
+        return bound
+    if isinstance(wanted, list) and tuple(wanted) in pattern.literals:
+        if not isinstance(node, (list, tuple)) or bound.setdefault(tuple(wanted), list(node)) != list(node):
+            raise Differs(f"{node} stands where other sizes should", len(bound))
+        return bound
+    if isinstance(wanted, torch.dtype) and isinstance(node, fx.Node) and node.target is dtype_of:
+        x = next((n for p, n in bound.items() if p in pattern.names), node.args[0])
+        if x.meta["val"].dtype != node.args[0].meta["val"].dtype:
+            raise Differs(f"%{node.name} is not the dtype of %{x.name}", len(bound))
         return bound
     if not isinstance(wanted, fx.Node):
         if type(wanted) is not type(node) or wanted != node:
