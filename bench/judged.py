@@ -4,6 +4,7 @@ Every check says "ok", or what is wrong in words. All random generators are seed
 """
 
 import copy
+import inspect
 import random
 import re
 import time
@@ -98,6 +99,7 @@ class Judged:
         self.model, self.keep, self.example, self.at = model, keep, example, at
         self.found = {"parameters": sum(p.numel() for p in model.parameters()), "seconds": {}}
         self.caching = getattr(model, "can_generate", lambda: False)()
+        self.uncached = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
     def run(self):
         steps = (self.captured, self.equal, self.trains, self.roles, self.adapted, self.generates)
@@ -155,13 +157,13 @@ class Judged:
         return None
 
     def equal(self):
-        """In eval mode at two other shapes, once without a cache and once as it is called by default."""
+        """In eval mode at two other shapes, once without a cache and once as it is called by default; a head that keeps none, without."""
         narrowed = []
         with torch.no_grad():
             for number, (batch, length) in enumerate(SHAPES):
                 inputs = self.at(self.model, batch, length)
-                if self.caching and number == 0 and "use_cache" in Examples(self.model).parameters:
-                    inputs["use_cache"] = False
+                if number == 0 or not self.caching:  # keys that went through a cache lie otherwise in memory, and sums round otherwise
+                    inputs |= self.uncached
                 try:
                     seed()
                     self.model(**copy.deepcopy(inputs))
@@ -194,9 +196,7 @@ class Judged:
             with torch.no_grad():
                 output = self.model(**inputs)
             inputs |= Examples(self.model).labels(names, output)
-        if self.caching and "use_cache" in Examples(self.model).parameters:
-            inputs["use_cache"] = False
-        return inputs
+        return inputs | self.uncached
 
     def trains(self):
         """The same loss (all outputs, where there is none) in training mode from the same seed; running averages alike."""

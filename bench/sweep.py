@@ -15,6 +15,7 @@ import os
 import re
 import resource
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -134,6 +135,12 @@ def versions():
     return found
 
 
+def commit():
+    """The commit that is run, so that lines of several can be told apart; None outside of a checkout."""
+    found = subprocess.run(["git", "-C", str(TOP), "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True)
+    return found.stdout.strip() or None
+
+
 def main():
     from .plain import entries as plain
     from .tables import write
@@ -163,10 +170,10 @@ def main():
     known = records()
     forgotten = {e.name for e in chosen if given.again and e.name in known and given.again in ("all", known[e.name]["outcome"])}
     todo = [] if given.table else [e for e in chosen if e.name not in known or e.name in forgotten]
-    start, counts = time.monotonic(), collections.Counter()
+    start, counts, at = time.monotonic(), collections.Counter(), commit()
 
     def done(entry, found):
-        record = {"name": entry.name, "type": entry.kind, "tasks": entry.tasks, **found}
+        record = {"name": entry.name, "type": entry.kind, "tasks": entry.tasks, "commit": at, **found}
         with LINES.open("a") as file:
             file.write(json.dumps(record) + "\n")
         counts[found["outcome"]] += 1

@@ -337,9 +337,12 @@ class Random(nn.Module):
         return x * torch.from_numpy(numpy.random.rand(8).astype("float32"))
 
 
-def test_numbers_from_outside_of_torch_are_refused():
+def test_numbers_from_outside_of_torch_stay_a_call():
+    """Each call draws others: in the graph they would be the same for ever."""
+    graph = capture(Stack(Random()).eval(), (torch.randn(2, 7, 8),))
+    assert "random numbers outside of torch" in graph.opaque["between"]
     with pytest.raises(Refused, match="random numbers outside of torch"):
-        capture(Stack(Random()).eval(), (torch.randn(2, 7, 8),))
+        capture(Random().eval(), (torch.randn(2, 7, 8),))
 
 
 class Held(nn.Module):
@@ -433,3 +436,16 @@ def test_an_encoder_that_stays_one_call_is_no_graph_of_its_own():
     live = make_live(graph)
     with torch.no_grad():
         assert torch.equal(live(**example("bart")).logits, model(**example("bart")).logits)
+
+
+def test_a_question_about_strides_is_no_condition():
+    """GPT-Neo cuts its mask at both ends (`None` and 0 begin a slice alike), and a view of the heads asks whether one place is all there is."""
+    config = transformers.GPTNeoConfig(
+        vocab_size=99, hidden_size=24, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], max_position_embeddings=64, bos_token_id=1, eos_token_id=2
+    )
+    torch.manual_seed(0)
+    model = transformers.GPTNeoForCausalLM(config).eval()
+    graph, ids = capture(model), torch.randint(3, 97, (2, 6))
+    assert not graph.opaque and "past" in graph.variants
+    options = dict(max_new_tokens=3, do_sample=False, attention_mask=torch.ones_like(ids))
+    assert torch.equal(make_live(graph).generate(ids, **options), model.generate(ids, **options))

@@ -40,6 +40,14 @@ def _laid_out(node):
     return node
 
 
+def _arguments(node):
+    """The arguments of a node by name, where a slice begins as the number that leaving it out means."""
+    found = named_arguments(node)
+    if node.target is aten.slice.Tensor and found["start"] is None:
+        found["start"] = 0
+    return found
+
+
 def _expression(value):
     if isinstance(value, fx.Node):
         value = value.meta["val"]
@@ -154,7 +162,7 @@ class Alignment:
         if ours.op == "call_module":
             first, second = {"args": ours.args, "kwargs": ours.kwargs}, {"args": theirs.args, "kwargs": theirs.kwargs}
         else:
-            first, second = named_arguments(ours), named_arguments(theirs)
+            first, second = _arguments(ours), _arguments(theirs)
         for name in first.keys() | second.keys():
             self._compare_value(ours, name, (), first.get(name), second.get(name))
 

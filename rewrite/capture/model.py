@@ -96,15 +96,13 @@ class _Capture:
         self.dtype = _main_dtype(model)
 
     def graph(self):
-        ours, alignment, theirs = self._pair()
+        ours, theirs = self._pair()
         self.tree, self.inner = ours.tree, ours.inner
         self.notes += ours.notes
-        Merge(alignment, self.variant.mode == "both", self.other_dtype, self.notes).apply()
         if self.variant.mode == "eval" and self.main is not None:
             _flags_by_analogy(ours.graph, self.main)
-        self._constants(ours, theirs)
+        self._install(ours)
         read_devices(ours.graph)
-        _require_filled(ours)
         graph = in_order(ours.graph)
         called = {node.target for node in graph.nodes if node.op == "call_module"}
         return Graph(
@@ -123,17 +121,22 @@ class _Capture:
     # -- the two runs, and what is done about a module that does not go along
 
     def _pair(self):
-        """→ (our trace, the alignment, their trace), modules that cannot be traced or aligned made opaque on the way."""
+        """→ (our trace, merged with theirs; their trace), modules that cannot be traced or merged made opaque on the way."""
         for _ in range(_ATTEMPTS):
             try:
                 ours = self._trace(training=False, seed=1)
                 failed = self._specialised(ours)
                 if failed is None:
-                    return self._aligned(ours)
+                    alignment, theirs, notes = self._aligned(ours)
+                    Merge(alignment, self.variant.mode == "both", self.other_dtype, notes).apply()
+                    self._compare_constants(ours, theirs)
+                    _require_filled(ours)
+                    self.notes += notes
+                    return ours, theirs
             except CannotTrace as error:
                 failed = error.stack, error.reason
             except Misaligned as error:
-                failed = (error.path,), error.words
+                failed = self._around(error.path), error.words
             self._give_up(*failed)
         raise Refused(f"{type(self.model).__name__}: after {_ATTEMPTS} attempts there was still something that could not be captured: {failed[1]}")
 
@@ -143,8 +146,8 @@ class _Capture:
         return [(others[0], True), (others[1], True), (self.dtype, True), (others[0], False), (self.dtype, False)]
 
     def _aligned(self, ours):
-        """Our trace with the boldest second run that goes along → (ours, the alignment, theirs). Raises what the last one raised."""
-        training, reasons = self.variant.mode == "both", []
+        """The boldest second run that goes along with our trace → (the alignment, theirs, notes). Raises what the last one raised."""
+        training, reasons, notes = self.variant.mode == "both", [], []
         for dtype, least in self._twins():
             try:
                 theirs = self._trace(training=training, seed=2, dtype=dtype, least=least)
@@ -153,11 +156,11 @@ class _Capture:
                 reasons.append(error)
                 continue
             if dtype == self.dtype:
-                self.notes.append(f"{self.variant.name}: dtypes stay as captured, no run in another one went along: {reasons[0]}")
+                notes.append(f"{self.variant.name}: dtypes stay as captured, no run in another one went along: {reasons[0]}")
             elif dtype != self._twins()[0][0]:
-                self.notes.append(f"{self.variant.name}: in {self._twins()[0][0]} the model runs other ops than these: {reasons[0]}")
+                notes.append(f"{self.variant.name}: in {self._twins()[0][0]} the model runs other ops than these: {reasons[0]}")
             self.least, self.other_dtype = least, dtype
-            return ours, alignment, theirs
+            return alignment, theirs, notes
         raise reasons[-1]
 
     def _trace(self, training, seed, dtype=None, least=False):
@@ -167,6 +170,12 @@ class _Capture:
         _keep_checks(result)
         tidy(result.graph)
         return result
+
+    def _around(self, path):
+        """The modules that a path lies in, outermost first, as far as they are modules that run."""
+        names = path.split(".") if path else []
+        stack = [".".join(names[:depth]) for depth in range(len(names) + 1)]
+        return [place for place in stack if place in self.modules and not isinstance(self.modules[place], (nn.ModuleList, nn.ModuleDict))]
 
     def _specialised(self, ours):
         """A symbol that became a number: (modules at work, words, its name, whether torch itself asked); None if all stayed symbols."""
@@ -206,15 +215,16 @@ class _Capture:
 
     # -- what must be the same in both runs, and what must hold for the inputs
 
-    def _constants(self, ours, theirs):
-        """Tensors made while tracing: kept where both runs made the same, single numbers as numbers, the rest as buffers of their module."""
+    def _compare_constants(self, ours, theirs):
+        """Tensors made while tracing may stay where both runs made the same; single numbers become numbers."""
         for node in list(ours.graph.nodes):
             if node.op != "get_attr" or node.target not in ours.constants:
                 continue
             value, other = ours.constants[node.target], theirs.constants.get(node.target)
             if other is None or not _same(value, other):
                 place = node.meta.get("source") or node.target
-                raise Refused(f"{place}: a tensor is made from random numbers outside of torch while the model runs; each call would get the same.")
+                words = f"{place}: a tensor is made from random numbers outside of torch while the model runs; each call would get the same."
+                raise Misaligned(node.meta.get("path", ""), words)
             if value.dim() == 0 and value.device.type == "cpu" and value.dtype == other.dtype:
                 with ours.graph.inserting_before(node):
                     written = {"dtype": value.dtype, "device": value.device}
@@ -222,9 +232,14 @@ class _Capture:
                 number.meta = dict(node.meta)
                 node.replace_all_uses_with(number)
                 ours.graph.erase_node(node)
-                continue
-            node.target = self._free(node.target, value)
-            install(self.root, node.target, value.detach().clone(), persistent=False)
+
+    def _install(self, ours):
+        """The tensors made while tracing that stay become buffers of their module."""
+        for node in ours.graph.nodes:
+            if node.op == "get_attr" and node.target in ours.constants:
+                value = ours.constants[node.target]
+                node.target = self._free(node.target, value)
+                install(self.root, node.target, value.detach().clone(), persistent=False)
 
     def _free(self, path, value):
         """`path`, or the next one like it that holds nothing or this very value (another variant's constant may stand there)."""
@@ -295,7 +310,7 @@ def _require_filled(ours):
             words = f"{waiting.pop(value.node.expr)}: nothing is left of this input; it was captured with something left"
             _ask(ours.graph, node, operator.gt, 0, words)
     if waiting:
-        raise Refused(f"{', '.join(waiting.values())}: what the code does here depends on the values of the inputs.")
+        raise Misaligned("", f"{', '.join(waiting.values())}: what the code does here depends on the values of the inputs.")
 
 
 def _ask(graph, node, compare, number, words):

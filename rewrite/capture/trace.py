@@ -115,15 +115,17 @@ def source_line():
 _ASKING = (
     "symbolic_shapes.py", "sym_node.py", "recording.py", "proxy_tensor.py", "torch/__init__.py", "capture/trace.py", "functools.py", "contextlib.py",
 )  # fmt: skip
+_OPERATORS = torch.__file__
 # where torch computes the shapes of fakes; the rest of torch (functional, nn) decides which ops run, as a model's code does
 _FAKING = tuple(f"{_LIBRARY}/{name}" for name in ("_subclasses/", "_meta_registrations.py", "_refs/", "_decomp/", "_prims/", "_prims_common/"))
 
 
 def _asked_by_torch():
-    frame = sys._getframe(2)
+    frame, by_code = sys._getframe(2), False
     while frame.f_back is not None and frame.f_code.co_filename.endswith(_ASKING):
+        by_code |= frame.f_code.co_filename == _OPERATORS  # Python code asks a size through its operators, compiled code asks the node itself
         frame = frame.f_back
-    return frame.f_code.co_filename.startswith(_FAKING)
+    return not by_code or frame.f_code.co_filename.startswith(_FAKING)
 
 
 class Shapes(ShapeEnv):
