@@ -22,6 +22,7 @@ test: $(VENV)/installed-test
 
 aot: $(VENV)/installed-test
 	TRITON_DEFAULT_FP_FUSION=1 $(VENV)/bin/python tests/aot.py
+	$(VENV)/bin/python tests/aot_codes.py
 
 clean:
 	rm -rf $(VENV) demo-out examples/out

@@ -8,6 +8,9 @@ import torch
 
 from .training.hooks import Hooked
 
+#: so many sites of a step are printed with their figures
+LISTED = 16
+
 
 @dataclass(frozen=True)
 class Size:
@@ -42,7 +45,6 @@ class Applied:
     before: Size
     after: Size
     seconds: float
-
 
     @property
     def label(self):
@@ -95,13 +97,15 @@ class Report:
         return table
 
     def _measured(self):
-        """A line for each figure of each step: its median and its worst site."""
+        """A line for each figure of each step: its median and its worst site; under it site by site, the worst ones where there are many."""
         for step in self.applied:
             sites = self.figures.get(step.place, {})
             for name in next(iter(sites.values()), {}):
-                order = sorted((figures[name], site) for site, figures in sites.items())
-                (middle, _), (worst, where) = order[len(order) // 2], order[-1]
-                yield f"measured {step.method}: {name} {middle:.3g} in the middle, {worst:.3g} at {where}"
+                order = sorted(((figures[name], site) for site, figures in sites.items()), reverse=True)
+                yield f"measured {step.method}: {name} {order[(len(order) - 1) // 2][0]:.3g} in the middle, {order[0][0]:.3g} at {order[0][1]}"
+                yield from (f"         {value:.3g} {site}" for value, site in order[:LISTED])
+                if len(order) > LISTED:
+                    yield f"         … and {len(order) - LISTED} more, in report.figures"
 
     def __str__(self):
         from rich.console import Console

@@ -32,7 +32,12 @@ def compiled(chip, dtype, layout, config, rank=16, bias=True):
     signature = {name: kind(name) for name in body.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(body.arg_names) if signature[name] != "constexpr" and name != "scale"} if layout != "strided" else {}
     options = {"num_warps": config["num_warps"], "num_stages": config["num_stages"], "enable_fp_fusion": True}
-    made = triton.compile(ASTSource(body, signature, constexprs=constant, attrs=aligned), target=GPUTarget("cuda", chip, 32), options=options)
+    return resources(ASTSource(body, signature, constexprs=constant, attrs=aligned), chip, options)
+
+
+def resources(source, chip, options):
+    """(registers, spilled bytes, stack bytes, shared bytes) of a body, compiled for a chip."""
+    made = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers as T
 from checks import TOYS, captured, close, model_of, rejects, rounding, tensor_of, unchanged, wake
-from rewrite.kernels import dequant_int8, dequant_nf4
+from rewrite.kernels import dequant_int8, dequant_nf4, tables
 from torch.nn import functional as F
 
 from rewrite import Refused, export_onnx, load, merge, pipeline, rewrite, save
@@ -38,7 +38,7 @@ def numbers(live, path, format="nf4"):
     if format == "int8":
         return part["codes"].double() * part["scales"].view(torch.float32).double()
     nested = part["nested"].view(torch.float32).double()
-    level = torch.tensor(dequant_nf4.dynamic(), dtype=torch.float64)[part["scales"].long()]
+    level = torch.tensor(tables.dynamic(), dtype=torch.float64)[part["scales"].long()]
     scale = torch.stack([level[i] * nested[i // 256] + nested[-1] for i in range(len(level))])
     codes = torch.stack([part["codes"] // 16, part["codes"] % 16], 1).view(-1).long()
     value = torch.tensor(dequant_nf4.NF4, dtype=torch.float64)[codes]
@@ -83,7 +83,7 @@ def test_dequantising_is_the_formula(shape, double):
     result = dequant_nf4.launch(codes, scales, nested, list(shape), torch.float32)
     scale = scales.view(torch.float32) if nested is None else None
     if scale is None:
-        scale = torch.tensor(dequant_nf4.dynamic())[scales.long()] * nested.view(torch.float32)[:-1].repeat_interleave(256)[: len(scales)] + nested.view(torch.float32)[-1]
+        scale = torch.tensor(tables.dynamic())[scales.long()] * nested.view(torch.float32)[:-1].repeat_interleave(256)[: len(scales)] + nested.view(torch.float32)[-1]
     number = torch.tensor(dequant_nf4.NF4)[torch.stack([codes >> 4, codes & 15], 1).flatten().long()][: w.numel()]
     reference = (number * scale.repeat_interleave(64)[: w.numel()]).view(shape)
     close(reference=reference, result=result, drift=0.0)
