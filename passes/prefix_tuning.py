@@ -49,7 +49,7 @@ class PrefixTuning(Pass):
     def params(self, k, v, key_heads):
         wide = {"keys": key_heads * k.shape[-1], "values": key_heads * v.shape[-1]}
         if not self.inner:
-            return {name: k.new_empty(self.length, width).normal_(std=0.02) for name, width in wide.items()}
+            return {name: k.new_empty(self.length, width).normal_() for name, width in wide.items()}
         return {name: k.new_empty(width, self.inner).normal_(std=self.inner**-0.5) for name, width in wide.items()} | {f"{name}_bias": k.new_zeros(width) for name, width in wide.items()}
 
     def key(self, k, key_heads, keys, keys_bias=None, tokens=None, inner_weight=None, inner_bias=None):

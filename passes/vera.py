@@ -36,7 +36,7 @@ class VeRA(Pass):
         weights = [site.w for site in sites]
         out_dim, in_dim = (max(w.shape[d] for w in weights) for d in (0, 1))
         down, up = weights[0].new_empty(self.rank, in_dim), weights[0].new_empty(out_dim, self.rank)
-        return {"down": frozen(down.uniform_(-1, 1) * (3 / in_dim) ** 0.5), "up": frozen(up.uniform_(-1, 1) * (3 / self.rank) ** 0.5)}
+        return {"down": frozen(down.uniform_(-1, 1) * (6 / in_dim) ** 0.5), "up": frozen(up.uniform_(-1, 1) * (6 / self.rank) ** 0.5)}
 
     def params(self, w):
         return {"scale": w.new_full((self.rank,), self.initial), "gain": w.new_zeros(w.shape[0])}

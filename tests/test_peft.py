@@ -1,4 +1,4 @@
-"""HF PEFT is the oracle: from the same weights and data, `lora` gives the same outputs, gradients and losses, step by step."""
+"""HF PEFT is the oracle of `lora`: the same outputs and gradients on every kind of layer, the same losses step by step with dropout. All methods are in test_peft_steps.py."""
 
 import copy
 import functools
@@ -6,7 +6,7 @@ import functools
 import peft
 import pytest
 import torch
-from checks import captured, close, learned, rejects, rounding
+from checks import captured, close, rejects, rounding
 from models import build, example
 from torch import nn
 
@@ -14,7 +14,6 @@ from rewrite import pipeline, rewrite
 
 STEPS = 50
 RANK, ALPHA = 4, 12
-AS_FAR = 0.9  # share of PEFT's way down
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -97,13 +96,13 @@ def logits(model, inputs):
 # ---- losses --------------------------------------------------------------------------------------------------------------
 
 
-def losses(model, family, seed=0, steps=STEPS, batches=STEPS):
-    """AdamW's losses, `batches` of data in turn; dropout, the model's own and that of `lora`, draws from the same seed each step."""
+def losses(model, family, seed=0):
+    """AdamW's losses, each on data of its own; dropout, the model's own and that of `lora`, draws from the same seed each step."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     model.train()
     found = []
-    for step in range(steps):
-        batch = inputs_of(family, seed=step % batches)
+    for step in range(STEPS):
+        batch = inputs_of(family, seed=step)
         labels = torch.tensor([0, 1, 2]) if family == "bert" else batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         torch.manual_seed(seed + step)
         optimizer.zero_grad()
@@ -120,10 +119,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("case", CASES)
-def test_fifty_steps_have_equal_losses(case, dropout):
-    family, where, config = CASES[case]
+def test_fifty_steps_have_equal_losses(case):
+    """With dropout, which draws in the same order."""
+    (family, where, config), dropout = CASES[case], 0.2
     wrapped = twin(family, lora_dropout=dropout, **config)
     live = copied(wrapped, ours(family, where, dropout=dropout))
     broken = copied(wrapped, ours(family, where, dropout=dropout, alpha=ALPHA * 1.001))
@@ -135,22 +134,6 @@ def test_fifty_steps_have_equal_losses(case, dropout):
         close(reference=a, result=b.reshape(a.shape), drift=rounding(theirs.dtype) * STEPS)
     rejects(reference=theirs, result=losses(broken, family), drift=rounding(theirs.dtype))
     rejects(reference=theirs, result=losses(live, family, seed=1), drift=rounding(theirs.dtype))
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_learns_as_far(case):
-    """From each one's own initial values, as `lora` starts in practice."""
-    family, where, config = CASES[case]
-    torch.manual_seed(2)
-    wrapped = peft.get_peft_model(copy.deepcopy(base(family)), peft.LoraConfig(r=RANK, lora_alpha=ALPHA, **config)).double()
-    theirs, mine = losses(wrapped, family, batches=2), losses(ours(family, where), family, batches=2)
-    assert learned(theirs) and learned(mine)
-    assert fall(mine) >= AS_FAR * fall(theirs)
-    assert fall(losses(ours(family, where, alpha=0.1), family, batches=2)) < AS_FAR * fall(theirs)
-
-
-def fall(run):
-    return run[:2].mean() - run[-10:].mean()
 
 
 # ---- outputs and gradients -------------------------------------------------------------------------------------------------
