@@ -4,7 +4,6 @@ Every check says "ok", or what is wrong in words. All random generators are seed
 """
 
 import copy
-import inspect
 import random
 import re
 import time
@@ -12,8 +11,9 @@ import time
 import numpy
 import torch
 
-from rewrite.calls.inputs import Examples, Sizes
+from rewrite.calls.inputs import Examples, Sizes, takes_use_cache
 from rewrite.calls.leaves import leaves
+from rewrite.calls.variants import is_hugging_face
 from rewrite.capture.model import capture
 from rewrite.errors import Refused, RewriteError
 from rewrite.pipeline import apply, live_of
@@ -99,7 +99,7 @@ class Judged:
         self.model, self.keep, self.example, self.at = model, keep, example, at
         self.found = {"parameters": sum(p.numel() for p in model.parameters()), "seconds": {}}
         self.caching = getattr(model, "can_generate", lambda: False)()
-        self.uncached = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+        self.uncached = {"use_cache": False} if is_hugging_face(model) and takes_use_cache(model) else {}
 
     def run(self):
         steps = (self.captured, self.equal, self.trains, self.roles, self.adapted, self.generates)
@@ -137,7 +137,8 @@ class Judged:
     def _apart(self, inputs, number=0, live=None):
         """Where live model and original differ; None where they do not, or by the order of sums alone, which is noted.
 
-        Products round by how their arguments lie in memory, so a difference counts where it is there each time and in float64 too.
+        Products round by how their arguments lie in memory, so a difference counts where it is there each time and in float64 too; where a
+        model computes in float32 whatever it is given, where it is more than the last place of the weights makes.
         """
         wrong = difference(*self._both(inputs, number, live))
         if wrong is None or "differs by" not in wrong or not any(difference(*self._both(inputs, number, live)) is not None for _ in range(2)):
@@ -148,13 +149,24 @@ class Judged:
             wide = {name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value for name, value in inputs.items()}
             far = spread(*self._both(wide, number, exact))
         except Exception:  # some kernels have no float64
-            return wrong
+            far = float("inf")
         finally:
             self.model = own
-        if far > 1e-11:
+        if far > 1e-11 and spread(*self._both(inputs, number, live)) > self._last_place(inputs, number):
             return wrong
         self.found.setdefault("rounding", []).append(wrong)
         return None
+
+    def _last_place(self, inputs, number):
+        """How far the original's own outputs move, beside their size, when every weight moves by its last place, up or down at random."""
+        generator, moved = torch.Generator().manual_seed(0), copy.deepcopy(self.model)
+        with torch.no_grad():
+            for weight in moved.parameters():
+                weight.mul_(1 + torch.finfo(weight.dtype).eps * (torch.randint(0, 2, weight.shape, generator=generator) * 2 - 1).to(weight.dtype))
+        seed(number)
+        want = self.model(**copy.deepcopy(inputs))
+        seed(number)
+        return spread(want, moved(**copy.deepcopy(inputs)))
 
     def equal(self):
         """In eval mode at two other shapes, once without a cache and once as it is called by default; a head that keeps none, without."""
@@ -195,7 +207,12 @@ class Judged:
         if names:
             with torch.no_grad():
                 output = self.model(**inputs)
-            inputs |= Examples(self.model).labels(names, output)
+            labels = Examples(self.model).labels(names, output)
+            try:
+                self.model(**copy.deepcopy(inputs | labels))
+                inputs |= labels
+            except (ValueError, RuntimeError) as failure:  # its logits have places that its labels have not
+                self.found["unlabelled"] = words(failure)
         return inputs | self.uncached
 
     def trains(self):
@@ -294,7 +311,8 @@ class Judged:
     def generates(self):
         if not self.caching:
             return "no generator"
-        inputs = {name: value for name, value in self.at(self.model, 2, 6).items() if not name.startswith("decoder_")}
+        sizes = _own(self.model) if len(self.found.get("narrowed", ())) == len(SHAPES) else (2, 6)
+        inputs = {name: value for name, value in self.at(self.model, *sizes).items() if not name.startswith("decoder_")}
         options = dict(max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
         cacheless = len(self.found["variants"]) == 1
         if cacheless:

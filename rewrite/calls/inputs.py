@@ -70,6 +70,13 @@ def setting(config, *names, default=None):
     return default
 
 
+def takes_use_cache(model):
+    """Whether a call says by `use_cache` if it keeps a cache, named in the forward or handed on by it."""
+    parameters = inspect.signature(model.forward).parameters
+    handed_on = "past_key_values" in parameters and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return "use_cache" in parameters or (handed_on and setting(model.config, "use_cache") is not None)
+
+
 def _rows(features):
     """How many vectors a model's `get_…_features` gives, in whatever it wraps them."""
     features = getattr(features, "pooler_output", features)
@@ -86,6 +93,7 @@ class Examples:
         self.sizes = sizes(model.config)
         self.device, self.dtype = model.device, model.dtype
         self.parameters = inspect.signature(model.forward).parameters
+        self.takes_use_cache = takes_use_cache(model)
         self.generator = torch.Generator().manual_seed(0)
 
     def integers(self, low, high, *shape):

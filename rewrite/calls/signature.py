@@ -21,13 +21,14 @@ from ..errors import Refused
 from ..graph import attribute
 from . import caches
 from .hidden import HiddenStates
+from .inputs import takes_use_cache
 from .leaves import Tree, leaves, rebuild
 from .slots import CACHE, Check, Slot, checks_of, resized, slots_of
 from .variants import Variant, is_hugging_face, variants
 
 __all__ = ["Call", "Signature", "Variant", "leaves", "rebuild", "sign", "variants"]
 
-FLAGS = frozenset({"use_cache", "return_dict", "logits_to_keep", "output_hidden_states", "output_attentions", "cache_position"})
+FLAGS = frozenset({"use_cache", "return_dict", "logits_to_keep", "output_hidden_states", "output_attentions", "cache_position", "is_first_iteration"})
 LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")
 REASONS = {
     "inputs_embeds": "was not captured: the graph begins at the ids, the embedding is part of it. Hand over input_ids",
@@ -168,7 +169,7 @@ class Signature:
             fixed={n: p.default for n, p in parameters.items() if isinstance(p.default, (bool, int, float, str))},
             entries=entries,
             hugging_face=is_hugging_face(module),
-            caching="use_cache" in parameters and is_hugging_face(module) and module.can_generate(),
+            caching=is_hugging_face(module) and module.can_generate() and takes_use_cache(module),
             encoder=encoder and encoder.owner,
             encodes=tuple(encoder.kwargs) if encoder else (),
             labels=own[0].labels,

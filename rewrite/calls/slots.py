@@ -96,6 +96,8 @@ class Slot:
             return value
         if not isinstance(value, torch.Tensor):
             raise Refused(f"{what}: {self.name} is a {type(value).__name__}, the graph takes a tensor {self.picture()}.")
+        if self.default == "positions" and value.dim() == self.rank + 1:
+            value = self._plane(value, what)
         shape = value.shape
         if len(shape) != self.rank:
             raise Refused(f"{what}: {self.name} is {tuple(shape)}, the graph takes {self.picture()}.{self._hint(value)}")
@@ -121,6 +123,12 @@ class Slot:
         if self.values is not None and value.device.type == "cpu" and not torch.compiler.is_compiling():
             self._refuse_strangers(value, what)
         return value
+
+    def _plane(self, value, what):
+        """Of positions that count time, height and width each in a plane of its own, as `generate` hands text over too, the one that all are."""
+        if value.stride(0) != 0 and value.shape[0] > 1 and (torch.compiler.is_compiling() or not (value[1:] == value[:1]).all()):
+            raise Refused(f"{what}: {self.name} is {tuple(value.shape)} and its planes differ, as with images; the graph takes {self.picture()}, those of text alone.")
+        return value[0]
 
     def _refuse_strangers(self, value, what):
         known = self.values

@@ -67,7 +67,7 @@ def variants(model, example=None):
         return [_plain(model, example)]
     calls = _Calls(model, example)
     main = replace(calls.forward(), counted=calls.counted)
-    if not model.can_generate() or "use_cache" not in calls.examples.parameters:
+    if not model.can_generate() or not calls.examples.takes_use_cache:
         return [main]
     try:
         return [main, *(calls.encoder_decoder() if model.config.is_encoder_decoder else [replace(calls.past(), counted=calls.counted)])]
@@ -86,7 +86,7 @@ class _Calls:
             if example is not None and isinstance(self.inputs.get(model.main_input_name), torch.Tensor):
                 self.examples.sizes = sizes_like(self.examples.sizes, self.inputs[model.main_input_name])
             self.labels = {name: self.inputs.pop(name) for name in names if name in self.inputs}
-            self.cached = {"use_cache": True} if model.can_generate() and "use_cache" in self.examples.parameters else {}
+            self.cached = {"use_cache": True} if model.can_generate() and self.examples.takes_use_cache else {}
             try:
                 self.output, self.hidden = self._ask()
                 break
@@ -120,7 +120,7 @@ class _Calls:
 
     def forward(self):
         """The main variant: no cache; labels where the graph computes a loss from them."""
-        constants = {"use_cache": False} if "use_cache" in self.examples.parameters else {}
+        constants = {"use_cache": False} if self.examples.takes_use_cache else {}
         # without masks: the model looks at their values, which meta tensors do not have
         bare = {name: value for name, value in self.inputs.items() if name not in self.defaults}
         given, loss, ignores = loss_of(self.model, {**bare, **self.cached}, self.labels) if self.labels else (False, None, False)

@@ -79,7 +79,7 @@ def _inside(model, root, main, inner):
         value = torch.zeros(shape, dtype=dtype, device=device)
         try:
             graph = _Capture(model, root, Variant(path, path, {name: value}, {name: dims}), {}, main).graph()
-            graphs.append(replace(graph, is_inner=True))
+            graphs.append(replace(graph, is_inner=True, blocks=()))
         except Refused as reason:
             main.notes.append(f"{path}, inside an opaque module, is out of reach for passes: {reason}")
     return graphs

@@ -91,6 +91,7 @@ class Body:
         """
         env = fake_mode.shape_env
         known, ranges = (len(env.guards), dict(env.var_to_range)) if env is not None else (0, {})
+        before = len(getattr(env, "asked", None) or ())
         replaced = dict(env.replacements) if env is not None else {}
         try:
             with _no_custom_backward(place):
@@ -101,6 +102,9 @@ class Body:
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise Refused(f"{place}: the body does not fit here: {type(error).__name__}: {str(error).splitlines()[0]}") from error
         asked = [guard.expr for guard in env.guards[known:]] if env is not None else ()
+        # torch's own questions about strides and broadcasting are none of the body's, unless they have fixed a size
+        idle = {guard.condition for guard in (getattr(env, "asked", None) or ())[before:] if guard.torch_asked and not isinstance(guard.condition, sympy.Eq)}
+        asked = [question for question in asked if question not in idle]
         lost = next((question for question in asked if not _holds_at_all_sizes(question, ranges)), None)
         if lost is not None:
             env.replacements.clear()  # a size must stay free for whoever asks next
