@@ -85,7 +85,7 @@ EXPECTED = {
     | {"mlp.up": ["encoder.block.{0,1}.layer.1.DenseReluDense.wi", "decoder.block.{0,1}.layer.2.DenseReluDense.wi"], "embed": "{encoder,decoder}.embed_tokens", "head": "lm_head"}
     | {"mlp.down": ["encoder.block.{0,1}.layer.1.DenseReluDense.wo", "decoder.block.{0,1}.layer.2.DenseReluDense.wo"], "attention.cross": "decoder.block.{0,1}.layer.1.EncDecAttention"}
     | {"norm": [T5 + "{0,1}.layer_norm", "decoder.block.{0,1}.layer.2.layer_norm", "{encoder,decoder}.final_layer_norm"]}
-    | {"embed.position": "{encoder,decoder}.block.0.layer.0.SelfAttention.relative_attention_bias"},
+    | {"embed.relative": "{encoder,decoder}.block.0.layer.0.SelfAttention.relative_attention_bias"},
     "bart": seq2seq({"embed": "model.{encoder,decoder}.embed_tokens", "embed.position": "model.{encoder,decoder}.embed_positions", "head": "lm_head"}, norms=["model.{encoder,decoder}.layernorm_embedding"]),
     "whisper": seq2seq({"embed": "model.decoder.embed_tokens", "embed.position": "model.{encoder,decoder}.embed_positions", "head": "proj_out", "conv": "model.encoder.conv{1,2}"}, norms=["model.{encoder,decoder}.layer_norm"]),
     "vit": encoder("vit.layers", "attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2")
@@ -363,10 +363,10 @@ OTHERS = {
     "deepseek_v3": (
         lambda: T.DeepseekV3ForCausalLM(T.DeepseekV3Config(**SIZES, first_k_dense_replace=1, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1, moe_intermediate_size=20, q_lora_rank=12,
                                                            kv_lora_rank=14, qk_rope_head_dim=4, qk_nope_head_dim=6, v_head_dim=8, **SPECIAL)),
-        "attention.latent.{kv,q} ×2",
+        "attention.q.{up,down} ×2, attention.kv.{up,down} ×2",
     ),
     "qwen2_moe": (lambda: T.Qwen2MoeForCausalLM(T.Qwen2MoeConfig(**SIZES, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=20, shared_expert_intermediate_size=28, **SPECIAL)),
-                  "mlp.{gate,up,down} ×2, router ×2, expert.{gate,up,down,gate_up} ×2"),
+                  "router ×2, router.shared ×2, expert.{gate,up,down,gate_up} ×2, expert.shared.{gate,up,down} ×2"),
     "gpt_oss": (lambda: T.GptOssForCausalLM(T.GptOssConfig(**SIZES, **GROUPED, num_local_experts=4, num_experts_per_tok=2, **SPECIAL)), "router ×2, expert.{gate,up,down,gate_up} ×2"),
     "cohere": (lambda: T.CohereForCausalLM(T.CohereConfig(**SIZES, num_key_value_heads=2, **SPECIAL)), "attention.{q,k,v,o} ×2, mlp.{gate,up,down} ×2"),
     "gptj": (lambda: T.GPTJForCausalLM(T.GPTJConfig(vocab_size=99, n_embd=24, n_layer=2, n_head=4, n_inner=56, n_positions=64, rotary_dim=4, **SPECIAL)), "attention.{q,k,v,o} ×2, mlp.{up,down} ×2"),

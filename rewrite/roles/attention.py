@@ -15,14 +15,16 @@ from .dataflow import ATTENTIONS, PRODUCTS, op_name, value
 _KEEPING = frozenset({"mul", "mul_", "add", "div", "masked_fill", "masked_fill_", "where", "nan_to_num"})
 # between keys as they are cached and keys that a product reads
 _CARRIES = frozenset({"expand", "repeat_interleave", "reshape", "view", "_unsafe_view", "clone", "contiguous", "transpose", "permute", "to", "mul"})
-_SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
 
 
 @dataclass(eq=False)
 class Attention:
-    """`parts`: "q" "k" "v" → list of (affine op, rows); `o`: the affine ops that read y; `latent`: op → "q" or "kv" (low-rank projections).
+    """`parts`: "q" "k" "v" → list of (affine op, rows); `o`: the affine ops that read y.
 
-    `scores`: the product q kᵀ where attention is written out.
+    `downs`: op → ("q" or "kv", rows) for what projects down to a latent, `ups`: op → "q" or "kv" for what projects up from it, `ropes`: the
+    ops of keys that no latent stands behind while others have one. `convs`: convolutions before a projection. `gates`: what scales y on its
+    way to o, `beside`: ops of other heads, put beside y there. `scores`: the product q kᵀ where attention is written out, `logits` what its
+    softmax reads.
     """
 
     q: fx.Node
@@ -33,10 +35,15 @@ class Attention:
     parts: dict = field(default_factory=dict)
     o: list = field(default_factory=list)
     gates: list = field(default_factory=list)
+    beside: list = field(default_factory=list)
+    convs: list = field(default_factory=list)
     others: list = field(default_factory=list)
     positions: list = field(default_factory=list)
-    latent: dict = field(default_factory=dict)
+    downs: dict = field(default_factory=dict)
+    ups: dict = field(default_factory=dict)
+    ropes: set = field(default_factory=set)
     scores: fx.Node | None = None
+    logits: fx.Node | None = None
     is_cross: bool = False
 
 
@@ -49,7 +56,7 @@ def find_attention(flow):
             mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
             y = node if value(node) is not None else next((user for user in node.users if user.args[1:] == (0,)), node)
             found.append(Attention(*node.args[:3], mask if isinstance(mask, fx.Node) else None, y))
-        elif name in _SOFTMAX:
+        elif flow.is_softmax(node):
             written = _written_out(flow, node)
             if written is not None:
                 found.append(written)
@@ -66,7 +73,7 @@ def _written_out(flow, softmax):
         return None
     left, right = _operands(flow, scores)
     found = Attention(left, right, v, _mask(flow, softmax.args[0], scores), product)
-    found.others, found.scores = others, scores
+    found.others, found.scores, found.logits = others, scores, softmax.args[0]
     return found
 
 
@@ -162,8 +169,8 @@ def key_heads(k):
 
 
 def find_projections(flow, attentions):
-    """Fill `parts`, `o`, `latent`, `gates`, `positions` and `is_cross` of each attention."""
-    results = {a.y for a in attentions}
+    """Fill what an Attention says of its projections."""
+    results, readers = {a.y for a in attentions}, {}
     for attention in attentions:
         for part in "qkv":
             inside, ops = flow.sources(getattr(attention, part), results)
@@ -171,16 +178,63 @@ def find_projections(flow, attentions):
         direct = {op for claims in attention.parts.values() for op, _ in claims}
         attention.o = [op for op in flow.onward(attention.y, stop=results) if op not in direct]
         for o in attention.o:
-            inside, ops = flow.sources(flow.affine[o].x, results)
-            attention.gates += [(op, rows_in(flow, op, inside)) for op in ops]
+            _find_gates(flow, attention, o, results)
         for product in attention.others:
             ops = {op for side in _operands(flow, product) for op in flow.sources(side, results)[1]}
             attention.positions += sorted(ops - direct, key=flow.place.__getitem__)
-        for part, name in (("q", "q"), ("k", "kv"), ("v", "kv")):
-            for op, _ in attention.parts[part]:
-                inside, ops = flow.sources(flow.affine[op].x, results)
-                attention.latent.update((end, (name, rows_in(flow, end, inside))) for end in ops if end not in attention.latent)
+        _find_latents(flow, attention, results, readers)
         attention.is_cross = _is_cross(flow, attention)
+    for attention in attentions:  # what several attentions read, or all of q, k and v, is no latent of one of them
+        attention.downs = {op: names.popitem() for op, names in attention.downs.items() if len(names) == 1 and readers[op] == {attention}}
+        attention.ups = {op: name for op, (name, ends) in attention.ups.items() if any(end in attention.downs for end in ends)}
+        keys = {op for op, _ in attention.parts["k"]}
+        attention.ropes = keys - attention.ups.keys() if keys & attention.ups.keys() else set()
+
+
+def _find_latents(flow, attention, results, readers):
+    """The affine ops behind those that make q, k and v, with the names under which they are read; `readers`: op → the attentions that do."""
+    for part, name in (("q", "q"), ("k", "kv"), ("v", "kv")):
+        for op, _ in attention.parts[part]:
+            inside, ends = flow.sources(flow.affine[op].x, results)
+            for end in ends:
+                readers.setdefault(end, set()).add(attention)
+                if flow.has_window(end):
+                    attention.convs.append(end)
+                else:
+                    attention.downs.setdefault(end, {})[name] = rows_in(flow, end, inside)
+            attention.ups[op] = name, ends
+
+
+def _find_gates(flow, attention, o, results):
+    """What joins y on its way to o: factors of it are gates, anything else belongs to heads beside it."""
+    inside, ends = flow.sources(flow.affine[o].x, results)
+    way, gates = {attention.y}, []
+    for node in sorted(inside, key=flow.place.__getitem__):
+        sides = [side for side in flow.parents(node) if side not in way]
+        if len(sides) == len(flow.parents(node)):
+            continue
+        way.add(node)
+        for side in sides if flow.name[node] in ("mul", "mul_") else ():
+            between, ops = flow.sources(side, results)
+            gates += [(op, rows_in(flow, op, between)) for op in ops]
+    attention.gates += gates
+    attention.beside += [end for end in ends if end not in {op for op, _ in gates}]
+
+
+def find_biases(flow, attentions):
+    """The lookups whose values are added to the scores of an attention: tables of relative positions."""
+    scores = {attention.scores for attention in attentions}
+    queue = [node for attention in attentions if (node := attention.logits or attention.mask) is not None]
+    seen, found = set(queue), set()
+    for node in queue:
+        if node in flow.embeddings:
+            found.add(node)
+        if node in flow.embeddings or node in scores or node in flow.affine or node in flow.stream:
+            continue
+        fresh = [n for n in flow.reads[node] if n not in seen]
+        seen.update(fresh)
+        queue += fresh
+    return found
 
 
 def _is_cross(flow, attention):

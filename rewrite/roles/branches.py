@@ -2,7 +2,7 @@
 
     residual  y = stream + branch, where the stream's value reaches the branch through at least one affine op
     mlp       a branch of position-wise ops: up [gate], an activation, down
-    experts   the same on weights with an expert axis, or on tokens picked by a router
+    experts   the same on weights with an expert axis, or on tokens picked by a router; shared ones take every token
     mixer     a branch that mixes positions without attention: state space, convolution, linear attention
 """
 
@@ -28,11 +28,15 @@ class Residual:
 
 @dataclass(eq=False)
 class Mlp:
-    """`parts`: "up" "gate" "down" → list of (affine op, rows); `x`: what enters, `y`: what leaves towards the residual."""
+    """`parts`: "up" "gate" "down" → list of (affine op, rows); `x`: what enters, `y`: what leaves towards the residual.
+
+    `weights`: ops beside a router that scale an expert which takes every token.
+    """
 
     x: fx.Node
     y: fx.Node
     parts: dict = field(default_factory=dict)
+    weights: list = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -121,6 +125,30 @@ def find_routers(flow):
     return routers
 
 
+def find_routed(flow, routers):
+    """The values that depend on what a router decided, up to where they join the stream."""
+    found = set(routers)
+    for node in flow.nodes:
+        if node not in flow.stream and any(n in found for n in flow.reads[node]):
+            found.add(node)
+    return found
+
+
+def is_shared(flow, op, routed):
+    """Whether an expert's op takes every token: nothing picked its rows, and nothing of the router's scales what becomes of them."""
+    if flow.affine[op].kind == "experts" or flow.affine[op].x in routed:
+        return False
+    queue, seen = [op], {op}
+    for node in queue:
+        for user in node.users:
+            if user in routed and flow.name[user] not in _ADDS:
+                return False
+            if user not in routed and user not in flow.stream and user not in seen:
+                seen.add(user)
+                queue.append(user)
+    return True
+
+
 def _picks_rows(flow, node):
     """Whether the indices of a pick select tokens or experts later on."""
     queue, seen = list(node.users), set(node.users)
@@ -145,13 +173,15 @@ def read_branch(flow, y, routers, taken, results):
     downs = [end for end in ends if end not in routers]
     if not downs or any(end in taken for end in ends) or any(node in results for node in flow.cone(y, results, floats=True)[1]):
         return None
-    region, mixing = _region(flow, downs, routers, results)
-    if mixing or any(flow.is_mixing(n) for n in inside):
-        return _mixer(flow, y, downs, region) if len(region) > 1 else None
+    behind, mixing = region(flow, downs, routers, results)
+    if mixing or _mixes(flow, inside, ends, routers):
+        return _mixer(flow, y, downs, behind) if len(behind) > 1 else None
     found = Mlp(None, y, {"up": [], "gate": [], "down": []})
     for down in downs:
         up, gate = _gating(flow, flow.affine[down].x, routers, results)
         if up is None:
+            if len(downs) < len(ends) and value(down).shape[-1] == 1:
+                found.weights.append(down)
             continue
         found.parts["down"].append((down, rows_in(flow, down, inside)))
         found.parts["up"] += up
@@ -163,14 +193,14 @@ def read_branch(flow, y, routers, taken, results):
     return found
 
 
-def _region(flow, downs, routers, results):
+def region(flow, downs, routers, results):
     """All affine ops of a branch behind its last ones, and whether positions are mixed on the way to the last ones."""
     queue, seen, mixing = list(downs), set(downs), any(flow.has_window(op) for op in downs)
     for op in queue:
         if op in routers:
             continue
         inside, ops = flow.sources(flow.affine[op].x, results)
-        mixing = mixing or any(flow.is_mixing(n) for n in inside)
+        mixing = mixing or _mixes(flow, inside, ops, routers)
         mixing = mixing or op in downs and any(flow.has_window(source) for source in ops)
         fresh = [source for source in ops if source not in seen]
         seen.update(fresh)
@@ -178,12 +208,21 @@ def _region(flow, downs, routers, results):
     return queue, mixing
 
 
-def _mixer(flow, y, outs, region):
+def _mixes(flow, inside, ops, routers):
+    """Whether positions are mixed between some affine ops and what they make: a product, or weights that sum up to one and are no router's."""
+    return any(flow.is_mixing(n) or flow.is_softmax(n) and not any(op in routers for op in ops) for n in inside)
+
+
+def mixer_part(flow, op):
+    """The part that an affine op before the last ones has in a mixer."""
+    return "conv" if flow.has_window(op) else "inner" if flow.sources(flow.affine[op].x)[1] else "in"
+
+
+def _mixer(flow, y, outs, behind):
     found = Mixer(None, y, {"in": [], "inner": [], "conv": [], "out": [(op, None) for op in outs]})
-    for op in region:
+    for op in behind:
         if op not in outs:
-            part = "conv" if flow.has_window(op) else "inner" if flow.sources(flow.affine[op].x)[1] else "in"
-            found.parts[part].append((op, None))
+            found.parts[mixer_part(flow, op)].append((op, None))
     first = (found.parts["in"] or found.parts["conv"] or found.parts["inner"] or found.parts["out"])[0][0]
     found.x = flow.strip(flow.affine[first].x, drops=False, scales=False)
     return found

@@ -34,12 +34,13 @@ _COPIES = frozenset("index index_select cat stack concat repeat clone contiguous
 _NONLINEAR = frozenset("""
     relu relu_ gelu gelu_ silu silu_ sigmoid sigmoid_ tanh tanh_ elu elu_ selu celu leaky_relu leaky_relu_ hardswish hardswish_ hardsigmoid hardtanh
     hardtanh_ mish mish_ softplus prelu relu6 relu6_ glu pow square exp erf log_sigmoid log_sigmoid_forward softsign abs sin cos threshold rrelu
-    hardshrink
+    hardshrink expm1
 """.split())  # fmt: skip
 _ARITHMETIC = frozenset("""
     add add_ sub sub_ mul mul_ div div_ neg clamp clamp_ clamp_min clamp_max masked_fill rsub reciprocal rsqrt sqrt minimum maximum
 """.split())  # fmt: skip
 _ELEMENTWISE = _ARITHMETIC | _NONLINEAR - {"glu"}
+_SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
 _SCALINGS = frozenset({"mul", "mul_", "div", "div_"})
 _SHAPED_LIKE = frozenset("new_empty new_zeros new_ones new_full empty_like zeros_like ones_like full_like rand_like randn_like sym_size".split())
 _ASKING = HOST - {operator.getitem, select}  # functions of a value's size, dtype or device
@@ -224,6 +225,9 @@ class Flow:
     def is_mixing(self, node):
         """Whether an op mixes positions: a product of two activations, a scan, an opaque module."""
         return self.name[node] in _MIXING or node.op == "call_module"
+
+    def is_softmax(self, node):
+        return self.name[node] in _SOFTMAX
 
     def is_elementwise(self, node):
         return self.name[node] in _ELEMENTWISE

@@ -11,9 +11,10 @@ from torch import nn
 
 from ..graph import Graph, attribute, path_of
 from .affine import find_affine, union
-from .attention import find_attention, find_projections
-from .branches import Mlp, branches, find_residuals, find_routers, read_branch
-from .dataflow import Flow, is_float, tensors, value
+from .attention import find_attention, find_biases, find_projections
+from .branches import Mlp, branches, find_residuals, find_routed, find_routers, is_shared, mixer_part, read_branch, region
+from .dataflow import Flow, is_float, value
+from .lookups import find_lookups
 from .norms import find_norms
 from .site import Layout, Roles, Rows, Site
 
@@ -52,7 +53,9 @@ class _Survey:
         self.residuals = find_residuals(flow)
         self.attentions = find_attention(flow)
         find_projections(flow, self.attentions)
+        self.biases = find_biases(flow, self.attentions)
         self.routers = find_routers(flow)
+        self.routed = find_routed(flow, self.routers)
         self.defaults = _defaults(graph)
         siblings = {}
         for block in graph.blocks:
@@ -61,6 +64,7 @@ class _Survey:
         self._depths = {block: Fraction(2 * number + 1, 2 * len(blocks)) for blocks in siblings.values() for number, block in enumerate(blocks)}
         self._inside = {}
         self.claims = {}  # affine op → {role: rows}
+        self.ups = {op for attention in self.attentions for op, name in attention.ups.items() if name == "kv"}
         self.regions = []  # (role, x, y, affine ops)
         self._claim_attention()
         self._claim_branches()
@@ -75,17 +79,23 @@ class _Survey:
         for attention in self.attentions:
             for part in "qkv":
                 for op, rows in attention.parts[part]:
-                    self._claim(op, f"attention.{part}", rows)
+                    for role in _projection(attention, part, op):
+                        self._claim(op, role, rows)
             for op in attention.positions:
                 self._claim(op, "attention.position")
         for attention in self.attentions:
             for op in attention.o:
                 if op not in self.claims:
                     self._claim(op, "attention.o")
-            for op, (name, rows) in attention.latent.items():
-                self._claim(op, f"attention.latent.{name}", rows)
+            for op, (name, rows) in attention.downs.items():
+                self._claim(op, f"attention.{name}.down", rows)
+            for op in attention.convs:
+                self._claim(op, "attention.conv")
             for op, rows in attention.gates:
                 self._claim(op, "attention.gate", rows)
+            for op in region(self.flow, attention.beside, (), {a.y for a in self.attentions})[0]:
+                if op not in self.claims:
+                    self._claim(op, f"mixer.{mixer_part(self.flow, op)}")
 
     def _claim_branches(self):
         flow = self.flow
@@ -105,13 +115,21 @@ class _Survey:
                 found = read_branch(flow, y, self.routers, taken, results)
                 if found is None:
                     continue
-                stem = "mlp" if isinstance(found, Mlp) else "mixer"
-                ops = [op for op in self.routers if op in flow.cone(y, floats=True)[1]]
+                is_mlp, ends = isinstance(found, Mlp), set(flow.cone(y, floats=True)[1])
+                parts = [op for claims in found.parts.values() for op, _ in claims]
+                routers = [op for op in self.routers if op in ends]
+                has_experts = is_mlp and (routers or not self.routed.isdisjoint(parts))
                 for part, claims in found.parts.items():
                     for op, rows in claims:
-                        ops.append(op)
-                        self._claim(op, f"{'expert' if stem == 'mlp' and flow.affine[op].kind == 'experts' else stem}.{part}", rows)
-                self.regions.append((stem, found.x, y, ops))
+                        for stem in self._stems(op) if has_experts else ("mlp",) if is_mlp else ("mixer",):
+                            self._claim(op, f"{stem}.{part}", rows)
+                for op in found.weights if is_mlp else ():
+                    self._claim(op, "router.shared")
+                self.regions.append(("mlp" if is_mlp else "mixer", found.x, y, routers + parts))
+
+    def _stems(self, op):
+        """The names before the part for an op of an MLP that has experts."""
+        return ("expert.shared", "mlp") if is_shared(self.flow, op, self.routed) else ("expert",)
 
     def _attention_behind(self, y, attention_of):
         _, ends = self.flow.cone(y, stop={a.y for a in self.attentions}, floats=True)
@@ -169,15 +187,15 @@ class _Survey:
         sites = []
         for op, affine in self.flow.affine.items():
             sites += self._affine_sites(op, affine)
-        lookups = {op: self._lookup(affine.x) for op, affine in self.flow.embeddings.items()}
-        self._one_per_sum(lookups)
+        lookups = find_lookups(self.flow, self.defaults, self.biases)
         sites += [self._embed_site(op, affine, lookups[op]) for op, affine in self.flow.embeddings.items()]
         sites += [self._norm_site(norm) for norm in self.norms.values()]
         sites += [self._attention_site(attention) for attention in self.attentions]
         for r in self.residuals:
             sites.append(self._plain("residual", ("residual",), r.y, path_of(r.y), {"stream": r.stream, "branch": r.branch, "y": r.y}))
         for role, x, y, ops in self.regions:
-            sites.append(self._plain(role, (role,), y, self._common(ops, y), {"x": x, "y": y}))
+            call = ops[-1].meta.get("call", 0) if ops else None
+            sites.append(self._plain(role, (role,), y, self._common(ops, y), {"x": x, "y": y}, call))
         for node in self.flow.nodes:
             if node.op == "call_module":
                 x = next((n for n in self.flow.parents(node) if is_float(n)), None)
@@ -217,9 +235,10 @@ class _Survey:
                 labels.update(zip(group, names))
         return [replace(site, label=labels[site]) if site in labels else site for site in sites]
 
-    def _plain(self, role, roles, node, path, handles, **more):
+    def _plain(self, role, roles, node, path, handles, call=None, **more):
         block, index = self._block_of(path, node)
-        return Site(node, role, roles, path, path, handles, block=block, index=index, call=node.meta.get("call", 0), depth=self._depths.get(block), **more)
+        call = node.meta.get("call", 0) if call is None else call
+        return Site(node, role, roles, path, path, handles, block=block, index=index, call=call, depth=self._depths.get(block), **more)
 
     def _block_of(self, *places):
         """`(path, number among its siblings)` of the block around a path or node; the first place that lies in one counts."""
@@ -261,22 +280,21 @@ class _Survey:
         parts = {}
         for role, rows in claims.items():
             parts.setdefault(rows, []).append(role)
+        over = ["attention.kv.up"] if op in self.ups else []
         if any(rows is not None and not len(rows) for rows in parts):  # which rows are whose cannot be told
-            stem, joined = _joined(claims)
-            return [self._affine_site(op, affine, [f"{stem}.{joined}"], None, "", family)]
+            return [self._affine_site(op, affine, [_joined(claims), *over], None, "", family)]
         if len(parts) == 1 or None in parts:
             names = parts.get(None) or next(iter(parts.values()))
             names = list(dict.fromkeys(names + [r for rows, more in parts.items() if rows is not None for r in more]))
-            return [self._affine_site(op, affine, names, None, "", family)]
-        stem, joined = _joined(claims)
-        sites = [self._affine_site(op, affine, [f"{stem}.{joined}"], None, "", None)]
+            return [self._affine_site(op, affine, [*names, *over], None, "", family)]
+        sites = [self._affine_site(op, affine, [*over, _joined(claims)], None, "", None)]
         for rows, roles in parts.items():
-            sites.append(self._affine_site(op, affine, roles, rows, roles[0].rpartition(".")[2], family))
+            sites.append(self._affine_site(op, affine, roles, rows, roles[-1].rpartition(".")[2], family))
         return sites
 
     def _affine_site(self, op, affine, names, rows, label, family):
         path, owner, parameter = self._place(op, affine.w)
-        if family and names[0] not in ("head", "router"):
+        if family and names[0] not in ("head", "router", "router.shared"):
             names = [*names, family]
         if affine.stored is not None and not label:
             label = names[0].rpartition(".")[2]  # several operations on parts of one stored weight
@@ -286,60 +304,12 @@ class _Survey:
         handles = {"x": affine.x, "w": affine.w, "b": affine.b, "y": op}
         return Site(op, names[0], tuple(dict.fromkeys(names)), path, owner, handles, label, layout, op, index, block, op.meta.get("call", 0), self._depths.get(block))
 
-    def _one_per_sum(self, lookups):
-        """Of several tables that are looked up by inputs and added up, the largest is the tokens'."""
-        sums = {}
-        for op, role in lookups.items():
-            if role == "embed":
-                sums.setdefault(self._sum(op), []).append(op)
-        for ops in sums.values():
-            tokens = max(ops, key=lambda op: value(self.flow.embeddings[op].w).shape[0])
-            lookups.update({op: "embed.added" for op in ops if op is not tokens})
-
-    def _sum(self, node):
-        while len(node.users) == 1:
-            user = next(iter(node.users))
-            if not (self.flow.is_view(user) or self.flow.name[user] in ("add", "add_", "mul", "div")):
-                break
-            node = user
-        return node
-
     def _embed_site(self, op, affine, role):
         path, owner, label = self._place(op, affine.w)
         block, index = self._block_of(path, op)
         layout = Layout("embedding", arguments=affine.arguments)
         handles = {"ids": affine.x, "w": affine.w, "y": op}
         return Site(op, role, (role,), path, owner, handles, label, layout, op, index, block, op.meta.get("call", 0), self._depths.get(block))
-
-    def _lookup(self, ids):
-        """Ids of an input are tokens, ids that are counted are positions, constant ones belong to a table added to the tokens'."""
-        flow = self.flow
-        if self._is_constant(ids):
-            return "embed.added"
-        default = self.defaults.get(flow.strip(ids))
-        if default is not None:
-            return {"positions": "embed.position", "zeros": "embed.added"}.get(default, "embed")
-        if ids not in flow.content:
-            return "embed.position"
-        queue, seen = [ids], {ids}
-        for node in queue:
-            if flow.name[node] in ("cumsum", "sub", "arange"):
-                return "embed.position"
-            fresh = [n for n in tensors(node) if n not in seen]
-            seen.update(fresh)
-            queue += fresh
-        return "embed"
-
-    def _is_constant(self, ids):
-        while ids.op != "get_attr":
-            if self.flow.name[ids] in ("zeros", "zeros_like", "ones", "full", "new_zeros"):
-                return True
-            parents = tensors(ids)
-            if not parents or not (self.flow.is_view(ids) or self.flow.name[ids] in ("gather", "index")):
-                return False
-            ids = parents[0]  # whatever is picked from a constant table is that constant
-        tensor = attribute(self.graph.root, ids.target)
-        return tensor.device.type != "meta" and tensor.numel() > 0 and bool((tensor == tensor.flatten()[0]).all())
 
     def _norm_site(self, norm):
         if norm.w is not None:
@@ -386,11 +356,18 @@ class _Survey:
         return [self._plain("block", ("block",), left[-1], block, {"x": x, "y": left[-1]})]
 
 
+def _projection(attention, part, op):
+    """The roles of an op that makes q, k or v, the narrowest first."""
+    if part == "k" and op in attention.ropes:
+        return "attention.k.rope", "attention.k"
+    return ("attention.q.up", "attention.q") if attention.ups.get(op) == "q" else (f"attention.{part}",)
+
+
 def _joined(claims):
-    """`("attention", "qkv")`: the name of a weight that holds several parts; "fused" where the parts are no usual ones."""
-    stem = min(role.partition(".")[0] for role in claims)
-    parts = {role.partition(".")[2] for role in claims}
-    return stem, next((name for name, usual in _FUSED.items() if parts == usual), "fused")
+    """The name of a weight that holds several parts: "attention.qkv", or "attention.fused" where the parts are no usual ones."""
+    plain = [role for role in claims if role.count(".") == 1] or list(claims)
+    parts = {role.partition(".")[2] for role in plain}
+    return f"{min(plain).partition('.')[0]}.{next((name for name, usual in _FUSED.items() if parts == usual), 'fused')}"
 
 
 def _defaults(graph):

@@ -14,6 +14,7 @@ _NORMS = {
     "cudnn_batch_norm": (1, 2), "rms_norm": (2, None), "_fused_rms_norm": (2, None),
 }  # fmt: skip
 _SQUARES = frozenset({"pow", "square", "mul"})
+_BETWEEN = frozenset({"to", "type_as", "_to_copy", "view", "_unsafe_view", "reshape", "flatten", "unflatten"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +115,7 @@ def _centred(flow, node, origins):
 
 
 def _with_parameter(flow, y, ops):
-    """`(result, parameter)` of the op that joins y with a parameter, casts allowed between; `(y, None)` without one."""
+    """`(result, parameter)` of the op that joins y with a parameter, casts allowed between, and reshapes after a norm of each head; `(y, None)` without one."""
     node = y
     for _ in range(4):
         if len(node.users) != 1:
@@ -124,7 +125,7 @@ def _with_parameter(flow, y, ops):
             others = [a for a in user.args if isinstance(a, fx.Node) and a is not node]
             found = _parameter(flow, others[0]) if others else None
             return (user, found) if found is not None else (y, None)
-        if flow.name[user] not in ("to", "type_as", "_to_copy") or not is_float(user):
+        if flow.name[user] not in _BETWEEN or not is_float(user):
             break
         node = user
     return y, None

@@ -198,13 +198,14 @@ class Roles:
 
 
 _KINDS = ("attention", "mlp", "router", "expert", "mixer", "linear", "conv", "embed", "norm", "head")
-_PARTS = ("q", "k", "v", "o", "gate", "up", "down", "in", "conv", "inner", "out")
+_PARTS = ("q", "kv", "k", "v", "o", "gate", "up", "down", "rope", "in", "conv", "inner", "out", "shared")
 _WHOLE = ("attention", "attention.cross", "attention.block", "mlp", "mixer", "residual", "block", "opaque", "logits", "model")
 
 
 def _order(role):
     """Projections first, in the order of the data, whole regions last."""
     if role in _WHOLE:
-        return 1, _WHOLE.index(role), 0, role
-    kind, _, part = role.partition(".")
-    return 0, _KINDS.index(kind) if kind in _KINDS else len(_KINDS), _PARTS.index(part) if part in _PARTS else len(_PARTS), role
+        return 1, _WHOLE.index(role), [], role
+    kind, *parts = role.split(".")
+    place = lambda name, names: names.index(name) if name in names else len(names)  # noqa: E731
+    return 0, place(kind, _KINDS), [place(part, _PARTS) for part in parts], role

@@ -21,12 +21,13 @@ from ..errors import Refused, SpecError
 from .site import Roles, Site
 
 WEIGHTS = tuple("""
-    linear attention.q attention.k attention.v attention.o attention.gate attention.position attention.latent.q attention.latent.kv
-    mlp.gate mlp.up mlp.down expert.gate expert.up expert.down router mixer.in mixer.conv mixer.inner mixer.out head head.hidden
-    conv embed embed.position embed.patch embed.added norm
+    linear attention.q attention.q.down attention.q.up attention.kv.down attention.k attention.k.rope attention.v attention.o attention.gate
+    attention.conv attention.position mlp.gate mlp.up mlp.down expert.gate expert.up expert.down expert.shared.gate expert.shared.up
+    expert.shared.down router router.shared mixer.in mixer.conv mixer.inner mixer.out head head.hidden
+    conv embed embed.position embed.relative embed.patch embed.added norm
 """.split())  # fmt: skip
 # several of the above in one weight, found by these names alone: who asks for q, k and v does not want the whole once more
-FUSED = ("attention.qkv", "attention.kv", "attention.fused", "mlp.gate_up", "mlp.fused", "expert.gate_up", "expert.fused", "mixer.fused")
+FUSED = ("attention.qkv", "attention.kv", "attention.kv.up", "attention.fused", "mlp.gate_up", "mlp.fused", "expert.gate_up", "expert.fused", "mixer.fused")
 REGIONS = ("attention", "attention.cross", "attention.block", "mlp", "mixer", "residual", "block", "opaque", "logits", "model")
 ROLES = WEIGHTS + FUSED + REGIONS
 _KEYS = ("role", "path", "depth", "not", "expect")
