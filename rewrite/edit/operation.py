@@ -160,6 +160,9 @@ class Operation:
     def again(self, x, w, values):
         """The operation on `x` with another weight in standard orientation, without bias; `values` gives each node of `extras`."""
         read = lambda a: fx.node.map_arg(a, lambda n: values[n])  # noqa: E731
+        rows = w.shape[-2] if self.node.target is aten._grouped_mm.default else None
+        if rows is not None:
+            x, w = _aligned(x, w)
         weight = self.stored(w)
         for step in self.chain:
             if step.target in _TURNS | _GATHERS:
@@ -167,7 +170,8 @@ class Operation:
         if self.bare is not self.node.target:
             return self.bare(x, weight)
         args = [weight if i == self.w else x if i == self.x else None if i == self.b else read(a) for i, a in enumerate(self.node.args)]
-        return self.bare(*args, **read(self.node.kwargs))
+        y = self.bare(*args, **read(self.node.kwargs))
+        return y if rows in (None, y.shape[-1]) else y.narrow(-1, 0, rows)
 
     def mix(self, h, m, values):
         """`m` (out × rank) over the channels of `h`; per expert where the site has experts."""
@@ -177,6 +181,12 @@ class Operation:
             conv = (F.conv1d, F.conv2d, F.conv3d)[len(self.axes) - 3]
             return conv(h, m.reshape(*m.shape, *[1] * (len(self.axes) - 2)))
         return F.linear(h, m)
+
+
+def _aligned(x, w):
+    """x and w with zeros behind, where a rank is no multiple of eight: the grouped product, and its backward, want rows of whole 16 bytes."""
+    inner, outer = -x.shape[-1] % 8, -w.shape[-2] % 8
+    return F.pad(x, (0, inner)) if inner else x, F.pad(w, (0, inner, 0, outer)) if inner or outer else w
 
 
 @dataclass(frozen=True)
