@@ -6,6 +6,10 @@ Shapes: x (…, K), w (N, K), b (N) or None, down (R, K), up (N, R), y (…, N);
 Bytes, in elements, beside those of the plain linear: forward reads M·K + M·R and writes M·R, where the separate ops also read and write M·N
 three times over (product, scaling, sum). For a frozen w backward keeps x and x down' alone (x down' alone where down is frozen too), never the
 base's output; it reads w once.
+
+Eager code runs the library's products, the second added to the first in place, with the library's own gradients: what Python does between them is
+all that such an op costs beside its products (4 rows of 64, rank 16, forward and backward on one core of an EPYC, on top of the plain linear's 20 µs: 32 µs, the
+separate ops 43, an autograd function of our own 57). The function is for the Triton body.
 """
 
 import torch
@@ -80,13 +84,9 @@ def plain_product(a, b, p, q, bias, scale):
     return out.addmm_(p, q, alpha=scale)
 
 
-def product_of(x, rank):
-    """Which of the two runs here."""
-    known = x.is_cuda and rank <= 64 and torch.cuda.get_device_name(x.device) in MEASURED
-    return fused_product if known else plain_product
-
-
 class _LoRALinear(torch.autograd.Function):
+    """The op by the Triton body, both ways."""
+
     @staticmethod
     def forward(ctx, x, w, b, down, up, scale, product):
         rows = x.reshape(-1, x.shape[-1])
@@ -130,7 +130,13 @@ def launch(x, w, b, down, up, scale, product=None):
         x, w, b, down, up = (t if t is None else t.to(dtype) for t in (x, w, b, down, up))
         with torch.autocast(kind, enabled=False):
             return launch(x, w, b, down, up, scale, product)
-    return _LoRALinear.apply(x, w, b, down, up, scale, product or product_of(x, down.shape[0]))
+    if product is None and x.is_cuda and len(down) <= 64 and torch.cuda.get_device_name(x.device) in MEASURED:
+        product = fused_product
+    if product is not None:
+        return _LoRALinear.apply(x, w, b, down, up, scale, product)
+    rows = x.reshape(-1, x.shape[-1])
+    y = F.linear(rows, w, b).addmm_(torch.mm(rows, down.t()), up.t(), alpha=scale)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], w.shape[0])
 
 
 def _keep(ctx, inputs, output):
