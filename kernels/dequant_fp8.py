@@ -16,6 +16,7 @@ import triton.language as tl
 from torch._subclasses import FakeTensor
 
 from rewrite.kernels.op import Op
+from rewrite.kernels.pieces import by_rows
 from rewrite.kernels.rounding import by_hand, rounded
 
 BLOCK, LARGEST = 128, 448.0
@@ -25,6 +26,7 @@ E4M3 = tuple(
 )
 
 
+@by_rows
 def quantize(w, blocks=False):
     """(codes, scales) of a weight; the largest entry of a channel or block becomes ±448."""
     rows = w.flatten(1).float()

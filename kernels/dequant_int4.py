@@ -14,11 +14,13 @@ import triton.language as tl
 from torch._subclasses import FakeTensor
 
 from rewrite.kernels.op import Op
+from rewrite.kernels.pieces import by_rows
 from rewrite.kernels.rounding import by_hand, rounded
 
 ZERO = 8
 
 
+@by_rows
 def quantize(w, group=64, symmetric=True):
     """(codes, scales, zeros or None) of a weight. Symmetric: ±7.5 scales are the largest magnitude, so that none is off by more than half of one."""
     rows = w.flatten(1).float().unflatten(1, (-1, group))

@@ -13,9 +13,11 @@ import triton.language as tl
 from torch._subclasses import FakeTensor
 
 from rewrite.kernels.op import Op
+from rewrite.kernels.pieces import by_rows
 from rewrite.kernels.rounding import by_hand, rounded
 
 
+@by_rows
 def quantize(w, group=None):
     """(codes, scales) of a weight; the largest entry of a group becomes ±127. Without a group, a row is one."""
     rows = w.flatten(1).unflatten(1, (-1, group or w[0].numel()))

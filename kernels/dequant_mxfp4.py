@@ -14,6 +14,7 @@ import triton.language as tl
 from torch._subclasses import FakeTensor
 
 from rewrite.kernels.op import Op
+from rewrite.kernels.pieces import by_rows
 from rewrite.kernels.rounding import by_hand, rounded
 
 BLOCK, BIAS = 32, 127
@@ -21,6 +22,7 @@ BLOCK, BIAS = 32, 127
 E2M1 = tuple(sign * x for sign in (1.0, -1.0) for x in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
 
 
+@by_rows
 def quantize(w):
     """(codes, scales) of a weight: the largest magnitude of a block lies in [4, 8), what is above 6 becomes 6, the middle between two numbers the even code."""
     rows = w.flatten(1).float().unflatten(1, (-1, BLOCK))

@@ -36,16 +36,20 @@ def dynamic():
 def quantize(w, table, double=True):
     """(codes, scales, nested or None) of a weight, its entries row by row; a million at a time, so that a large weight needs no float copy."""
     flat = w.reshape(-1)
-    parts = [_nearest(part, table, BLOCK) for part in flat.split(CHUNK)]
+    parts = [_packed(part, table) for part in flat.split(CHUNK)]
     codes, scales = (torch.cat(found) for found in zip(*parts))
-    if codes.numel() % 2:
-        codes = torch.cat([codes, codes.new_full((1,), table.index(0.0))])
-    codes = codes[::2] << 4 | codes[1::2]
     if not double:
         return codes, scales.view(torch.int32), None
     mean = scales.mean()
     scales, nested = _nearest(scales - mean, dynamic(), NESTED)
     return codes, scales, torch.cat([nested, mean[None]]).view(torch.int32)
+
+
+def _packed(flat, table):
+    codes, scales = _nearest(flat, table, BLOCK)
+    if codes.numel() % 2:
+        codes = torch.cat([codes, codes.new_full((1,), table.index(0.0))])
+    return codes[::2] << 4 | codes[1::2], scales
 
 
 def _nearest(flat, table, block):

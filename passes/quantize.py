@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 from rewrite.kernels import dequant_fp4, dequant_fp8, dequant_int4, dequant_int8, dequant_mxfp4, dequant_nf4
+from rewrite.kernels.pieces import pieces
 
 from rewrite.contract import Pass
 
@@ -64,7 +65,7 @@ class Quantize(Pass):
         if size and length % size:
             fits = [n for n in (32, 64, 128) if length % n == 0 and self.format != "mxfp4"]
             return f"its rows of {length} entries do not divide into groups of {size}" + (f"; {', '.join(map(str, fits))} would do" if fits else "")
-        if not w.is_meta and not w.isfinite().all():
+        if not w.is_meta and not torch.linalg.vector_norm(w, float("inf")).isfinite():  # a mask would be another weight
             return "its weight has values that are NaN or infinite"
 
     def derive(self, w):
@@ -72,9 +73,14 @@ class Quantize(Pass):
         made = zip(names, quantize(w, *self._options().values()))
         return {name: tensor for name, tensor in made if tensor is not None}
 
-    def measure(self, w, codes, scales, nested=None, zeros=None):
-        error, rms = self._numbers(w.shape, torch.float32, codes, scales, nested, zeros).sub_(w), (torch.linalg.vector_norm(w, dtype=torch.float32) / w.numel() ** 0.5).clamp(min=1e-36)
-        return {"rms error": float(torch.linalg.vector_norm(error) / error.numel() ** 0.5 / rms), "max error": float(torch.linalg.vector_norm(error, float("inf")) / rms)}
+    def measure(self, w, kind, codes, scales, nested=None, zeros=None):
+        given, squares, worst = (w, codes, scales, nested, zeros), 0.0, 0.0
+        each = [given] if kind != "experts" else ([t if t is None else t[i] for t in given] for i in range(len(w)))
+        for part, *tensors in (piece for one in each for piece in pieces(*one)):
+            error = self._numbers(part.shape, torch.float32, *tensors).sub_(part)
+            squares, worst = squares + float(torch.linalg.vector_norm(error)) ** 2, max(worst, float(error.abs().max()))
+        norm = max(float(torch.linalg.vector_norm(w, dtype=torch.float32)), 1e-36)
+        return {"rms error": squares**0.5 / norm, "max error": worst * w.numel() ** 0.5 / norm}
 
     def weight(self, x, w, codes, scales, nested=None, zeros=None):
         return self._numbers(w.shape, x.dtype, codes, scales, nested, zeros)

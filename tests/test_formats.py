@@ -12,13 +12,20 @@ from pathlib import Path
 
 import aot_codes
 import pytest
+import safetensors.torch
 import torch
 import transformers as T
 from aot import fault
 from checks import captured, close, rejects, rounding
 from rewrite.kernels import dequant_fp4, dequant_fp8, dequant_int4, dequant_int8, dequant_mxfp4, dequant_nf4
 
-from rewrite import Refused, SpecError, capture, pipeline, rewrite
+from torch._subclasses import FakeTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rewrite import Refused, Spec, SpecError, capture, export_onnx, load, pipeline, rewrite, save
+from rewrite.store.fingerprint import fingerprint
 
 GOLDEN = Path(__file__).parent / "golden" / "fp4.json"
 FORMATS = {
@@ -276,12 +283,12 @@ def test_the_live_model_is_the_one_with_these_numbers(name):
 
 
 def test_fewer_bits_and_larger_groups_err_more():
-    error = {}
-    for name, options in {**FORMATS, "int4 wide": {"group_size": 64}}.items():
-        live = rewrite(even(), {"passes": [{"pass": "quantize", "where": "linear", "format": name.split()[0], **options}]})
-        error[name] = sorted(figures["rms error"] for figures in live.report.figures["passes[0]"].values())[3]
+    w, error = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)), {}
+    for name in (*FORMATS, "int4 wide"):
+        module, tensors = quantized(name, w) if name in FORMATS else (dequant_int4, dequant_int4.quantize(w, 128))
+        error[name] = float((numbers(module, tensors, w.shape, torch.float32) - w).square().mean())
     assert error["int8 groups"] < error["int8"] < error["fp8"] < error["int4"] < error["int4 wide"]
-    assert error["nf4"] < error["fp4"]
+    assert error["nf4"] < error["fp4"] and error["nf4"] < error["mxfp4"]
 
 
 @pytest.mark.parametrize(
@@ -316,3 +323,75 @@ def test_sites_that_are_left_as_they_are(step, words):
 def test_a_refused_site_keeps_its_weight():
     live = rewrite(even(), {"passes": [{**step("int4"), "where": ["linear", "head"], "allow_refusals": True}]})
     assert len(live.report.released) == 7 and [path for path, _ in live.report.applied[0].refused] == ["lm_head"]
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of the storages that are alive, after each op; `most` is the peak."""
+
+    def __init__(self, tensors):
+        self.known, self.most = {}, 0
+        self.see(tensors)
+
+    def see(self, values):
+        for value in pytree.tree_leaves(values):
+            if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor) and not value.is_meta:
+                storage = value.untyped_storage()
+                self.known[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.known = {key: (ref, size) for key, (ref, size) in self.known.items() if not ref.expired()}
+        self.most = max(self.most, sum(size for _, size in self.known.values()))
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        self.see(found)
+        return found
+
+
+class Side(torch.nn.Module):
+    """Linears of a million entries side by side."""
+
+    def __init__(self):
+        super().__init__()
+        self.each = torch.nn.ModuleList(torch.nn.Linear(256, 4096, bias=False) for _ in range(3))
+        self.head = torch.nn.Linear(4096, 2, bias=False)
+
+    def forward(self, x):
+        return self.head(sum(linear(x) for linear in self.each).relu())
+
+
+@pytest.mark.parametrize("name", ["nf4", "int4 zeros", "int8", "fp8 blocks"])
+def test_a_donated_model_needs_the_codes_of_one_weight_beside_it(name, monkeypatch):
+    """In bfloat16 and small pieces: at the peak one weight's codes and a few pieces are there beside the model."""
+    monkeypatch.setattr("rewrite.kernels.pieces.ENTRIES", 2**15)
+    monkeypatch.setattr("rewrite.kernels.tables.CHUNK", 2**15)
+    peaks = {}
+    for donate in (True, False):
+        model = Side().bfloat16()
+        example, size = (torch.zeros(2, 256, dtype=torch.bfloat16),), 3 * 2 * 2**20 + 16384
+        graph, base = capture(model, example), fingerprint(model)
+        with Alive(list(model.parameters())) as alive:
+            pipeline.rewritten(graph, Spec.parse({"passes": [step(name)]}), base, donated=model if donate else None)
+        peaks[donate] = alive.most - size
+    assert peaks[True] <= 2 * 2**20 < peaks[False]
+
+
+# ---- on disk, in other programs ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_codes_come_back_from_disk(name, tmp_path):
+    live = rewrite(even(), {"passes": [step(name)]})
+    kept = set(safetensors.torch.load_file(save(live, tmp_path / "codes", whole=True) / "adapter.safetensors"))
+    assert kept == {path for path in live.state_dict() if ".quantize." in path} and any(path.endswith("codes") for path in kept)
+    close(reference=output(live), result=output(load(even(), tmp_path / "codes")), drift=0.0)
+    rejects(reference=output(live), result=output(even()), drift=0.0)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_onnx_makes_numbers_of_codes(name, tmp_path, monkeypatch):
+    """In ONNX Runtime as in PyTorch, and the codes stay codes: the file is smaller than the weights."""
+    monkeypatch.setattr("rewrite.emit.writer.SMALL", 2**10)
+    live = rewrite(even(), {"passes": [step(name)]})
+    report = export_onnx(live, tmp_path / "x.onnx")
+    codes = sum(t.numel() * t.element_size() for path, t in live.state_dict().items() if ".quantize." in path)
+    weights = sum(even().get_parameter(path).numel() * 4 for path in live.report.released)
+    assert report.error < 1e-5 and codes < report.bytes < codes + 0.5 * weights
