@@ -114,7 +114,7 @@ def show(
     from .store.pretrained import pretrained
     from .text import show as text
 
-    graph = capture(pretrained(model, weights=False), generation=False, stamp=True)
+    graph = capture(pretrained(model, weights=False), generation=False)
     run(graph, parsed)
     print(text(graph), end="")
 
@@ -135,7 +135,7 @@ def plan(
     from .store.pretrained import pretrained
 
     with Console(stderr=True).status("capturing"):
-        graph = capture(pretrained(model, weights=False), generation=False, stamp=True)
+        graph = capture(pretrained(model, weights=False), generation=False)
     base = Size.of(graph.root)
     value = _plan(model, base, run(graph, parsed))
     if as_json:

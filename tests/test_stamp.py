@@ -1,5 +1,9 @@
 """Blocks that are alike are written down without being run again, and blocks that are not, or might not be, are not."""
 
+import builtins
+import copy
+import types
+
 import pytest
 import torch
 import transformers
@@ -9,6 +13,7 @@ from torch import nn
 
 from rewrite.calls.variants import variants
 from rewrite.capture.model import capture
+from rewrite.capture.tidy import tidy
 from rewrite.capture.trace import trace
 from rewrite.text import show
 
@@ -35,14 +40,14 @@ def texts(graph):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_stamped_graph_equals_the_traced_one(family):
-    assert texts(capture(build(family), stamp=True)) == texts(capture(build(family)))
+    assert texts(capture(build(family))) == texts(capture(build(family), stamp=False))
 
 
 @pytest.mark.parametrize("family", MORE)
 def test_deeper_models_too(family):
     torch.manual_seed(0)
     model = MORE[family]().eval()
-    assert texts(capture(model, stamp=True)) == texts(capture(model))
+    assert texts(capture(model)) == texts(capture(model, stamp=False))
 
 
 def test_all_but_the_first_of_each_kind_are_stamped():
@@ -53,15 +58,17 @@ def test_all_but_the_first_of_each_kind_are_stamped():
     assert trace(MORE["albert"]().eval(), main).stamped == 2  # a module that is used several times is looked at from its second use on
 
 
-KEPT = []
+KEPT, COUNTED = [], {}
 
 
 class Block(nn.Module):
     """A block that may do more than its inputs and tensors say."""
 
-    def __init__(self, index, mode, table):
+    calls = 0
+
+    def __init__(self, index, mode, table, held):
         super().__init__()
-        self.index, self.mode, self.table = index, mode, table
+        self.index, self.mode, self.table, self.held = index, mode, table, held
         self.inner = nn.Linear(8, 8)
         if mode == "attribute":
             self.scale = 1.0 / (index + 1)
@@ -80,6 +87,21 @@ class Block(nn.Module):
             x = torch.mul(x, self.index)
         if self.mode == "table":
             x = x * self.table[self.index]
+        if self.mode == "kind" and type(self.index) is int and self.index % 2:
+            x = x.relu()
+        if self.mode == "method" and self.index.bit_length() > 1:
+            x = x.relu()
+        if self.mode == "copy" and copy.deepcopy(self.index) > 2:
+            x = x.relu()
+        if self.mode == "counter":
+            COUNTED["calls"] = COUNTED.get("calls", 0) % 5 + 1
+            x = x * COUNTED["calls"]
+        if self.mode == "class":
+            Block.calls = Block.calls % 5 + 1
+            x = x * Block.calls
+        if self.mode == "held":
+            self.held.calls = self.held.calls % 5 + 1
+            x = x * self.held.calls
         if self.mode == "text":
             x = x * len(f"{self.index:>{self.index + 1}}")
         if self.mode == "attribute":
@@ -104,8 +126,8 @@ class Blocks(nn.Module):
     def __init__(self, mode):
         super().__init__()
         torch.manual_seed(0)
-        self.mode, table = mode, [1.0, 2.0, 3.0, 4.0, 5.0]
-        self.blocks = nn.ModuleList(Block(index, mode, table) for index in range(5))
+        self.mode, table, held = mode, [1.0, 2.0, 3.0, 4.0, 5.0], types.SimpleNamespace(calls=0)
+        self.blocks = nn.ModuleList(Block(index, mode, table, held) for index in range(5))
 
     def forward(self, x):
         store = [torch.zeros_like(x)] if self.mode in ("inplace", "view") else []
@@ -118,7 +140,7 @@ class Blocks(nn.Module):
 
 MODES = {"plain": 4, "attribute": 0}
 MODES |= dict.fromkeys(["arithmetic", "branch", "comparison", "tensor", "strange", "constant", "table", "text"], 0)
-MODES |= dict.fromkeys(["list", "global", "inplace", "view", "writes"], 0)
+MODES |= dict.fromkeys(["list", "global", "inplace", "view", "writes", "kind", "method", "copy", "counter", "class", "held"], 0)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -127,11 +149,11 @@ def test_what_a_block_does_besides_is_seen(mode):
     (variant,) = variants(model, (torch.randn(3, 8),))
     assert trace(model, variant).stamped == MODES[mode]
     model = Blocks(mode).eval()
-    graph = capture(model, (torch.randn(3, 8),), stamp=True)
+    graph = capture(model, (torch.randn(3, 8),))
     want = model(x)
     got = Run(graph)(x)
     assert len(want) == len(got) and all(torch.equal(a, b) for a, b in zip(want, got))
-    assert texts(graph) == texts(capture(Blocks(mode).eval(), (torch.randn(3, 8),)))
+    assert texts(graph) == texts(capture(Blocks(mode).eval(), (torch.randn(3, 8),), stamp=False))
     said = MODES[mode] == 0 and mode not in ("attribute", "list", "strange", "writes")  # there no two blocks look alike, or nothing was watched
     assert any("traced by itself" in note for note in graph.notes) == said
 
@@ -140,5 +162,51 @@ def test_hooks_are_not_passed_over():
     model, seen = Blocks("plain").eval(), []
     for block in model.blocks:
         block.register_forward_hook(lambda *_: seen.append(1))
-    graph = capture(model, (torch.randn(3, 8),), stamp=True)
+    graph = capture(model, (torch.randn(3, 8),))
     assert len(seen) == 10 and any("hooks" in note for note in graph.notes)
+
+
+class Looks(transformers.models.llama.modeling_llama.LlamaDecoderLayer):
+    """A decoder layer that looks at more of the cache than its own slot."""
+
+    look = staticmethod(lambda cache: 0)
+
+    def forward(self, hidden, past_key_values=None, **rest):
+        out = super().forward(hidden, past_key_values=past_key_values, **rest)
+        return out if past_key_values is None else out * (1 + Looks.look(past_key_values))
+
+
+LOOKS = {
+    "length": lambda cache: len(cache),
+    "slots": lambda cache: len(cache.layers),
+    "first": lambda cache: cache.layers[0].keys.shape[2],
+    "through": lambda cache: sum(layer.is_initialized for layer in cache.layers),
+    "slice": lambda cache: cache.layers[0:1][0].keys.shape[2],
+    "first by name": lambda cache: cache.get_seq_length(),
+    "is it empty": lambda cache: bool(cache.layers) + len(cache.layers.copy()),
+}
+
+
+@pytest.fixture(scope="module")
+def looking():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**DEEP | {"num_hidden_layers": 3}, **GROUPED, **SPECIAL)
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.model.layers = nn.ModuleList(Looks(config, index) for index in range(3))
+    return model, variants(model, {"input_ids": torch.ones(2, 7, dtype=torch.long)})[1]
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_block_that_looks_beyond_its_slot_of_the_cache_is_traced(look, looking, monkeypatch):
+    monkeypatch.setattr(Looks, "look", staticmethod(LOOKS[look]))
+    found, traced = trace(*looking), trace(*looking, stamp=False)
+    tidy(found.graph)
+    tidy(traced.graph)
+    nodes = lambda graph: [(n.target, torch.fx.map_arg(n.args, lambda a: a.target)) for n in graph.nodes]
+    assert nodes(found.graph) == nodes(traced.graph)
+    assert any("each Looks is traced by itself: it reads other slots of the cache" in note for note in found.notes)
+
+
+def test_watching_leaves_the_builtin_type_alone():
+    capture(MORE["llama"]().eval())
+    assert builtins.type is int.__class__

@@ -15,9 +15,9 @@ from torch.utils import _pytree as pytree
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from .positions import parts, positions
+from .positions import kind_of, parts, positions
 
-PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format)
+PLAIN = (kind_of(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format)
 SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _OWN = frozenset(vars(nn.Module())) - {"training"}
 _HOOKS = tuple(name for name in _OWN if name.endswith("_hooks"))
@@ -52,11 +52,11 @@ class Given:
         return numbers.pop() if len(numbers) == 1 else None
 
     def _leaf(self, tracer, place, value):
-        if type(value) in PLAIN or isinstance(value, (enum.Enum, type)):
-            return type(value), repr(value) if type(value) in (float, complex) else value
+        if kind_of(value) in PLAIN or isinstance(value, (enum.Enum, type)):
+            return kind_of(value), repr(value) if kind_of(value) in (float, complex) else value
         if isinstance(value, SIZES):
             self.nodes[place] = get_proxy_slot(value, tracer, None, lambda proxy: proxy.force().node) if value.node.is_symbolic() else None
-            return type(value), value.node.expr
+            return kind_of(value), value.node.expr
         if isinstance(value, torch.Tensor):
             return self._tensor(tracer, place, value)
         if isinstance(value, Cache):
@@ -67,7 +67,7 @@ class Given:
             return id(value), tuple(self._layer(tracer, place, number, slot_of(*slot)) for number, slot in enumerate(own)), flags, tuple(rest)
         if isinstance(value, (PretrainedConfig, nn.Module, types.FunctionType, types.BuiltinFunctionType)):
             return "object", id(value)
-        raise Unlike(f"it takes a {type(value).__name__}")
+        raise Unlike(f"it takes a {kind_of(value).__name__}")
 
     def _tensor(self, tracer, place, value):
         slot = get_proxy_slot(value, tracer, None)
@@ -79,17 +79,17 @@ class Given:
         same = self._alike.setdefault(id(value) if node is None else node, len(self._alike))
         sizes = (*value.shape, *value.stride(), value.storage_offset())
         shape = tuple(size.node.expr if isinstance(size, torch.SymInt) else size for size in sizes)
-        return type(value), same, tracer.tensors.get(id(value)), shape, value.dtype, value.device, value.requires_grad
+        return kind_of(value), same, tracer.tensors.get(id(value)), shape, value.dtype, value.device, value.requires_grad
 
     def _layer(self, tracer, place, number, layer):
         if layer is None:
             return None
-        return type(layer), tuple((name, self._leaf(tracer, (place, number, name), value)) for name, value in vars(layer).items())
+        return kind_of(layer), tuple((name, self._leaf(tracer, (place, number, name), value)) for name, value in vars(layer).items())
 
 
 def slot_of(part, index):
     """The layer of a cache at a place; None if it has none there."""
-    return list.__getitem__(part.layers, index) if index < len(part.layers) else None
+    return list.__getitem__(part.layers, index) if index < list.__len__(part.layers) else None
 
 
 class Likeness:
@@ -97,7 +97,7 @@ class Likeness:
 
     def __init__(self, tree):
         self._positions = positions(tree)
-        self._kinds = Counter(type(module) for module in tree.modules())
+        self._kinds = Counter(kind_of(module) for module in tree.modules())
         holders = Counter(id(tensor) for module in tree.modules() for held in (module._parameters, module._buffers) for tensor in held.values())
         self._tied = {key for key, count in holders.items() if count > 1}
         self._held = {}  # what is told apart by identity is kept alive
@@ -106,7 +106,7 @@ class Likeness:
 
     def is_repeated(self, module, calls):
         """Whether another call like this one may come: several modules of its class, or this very one again."""
-        return module in self._worth and (self._kinds[type(module)] > 1 or calls > 0)
+        return module in self._worth and (self._kinds[kind_of(module)] > 1 or calls > 0)
 
     def places(self, module):
         """The positions inside a module: [(module, attribute)]."""
@@ -124,25 +124,25 @@ class Likeness:
         own = tuple((name, None if place(name) else self._described(value, module)) for name, value in values.items() if name not in _OWN)
         tensors = tuple((name, self._stored(value, tracer)) for held in (module._parameters, module._buffers) for name, value in held.items())
         children = tuple((name, self.structure(child, tracer)) for name, child in module._modules.items() if child is not None)
-        return type(module), tracer.paths.get(module) in tracer.opaque, own, tensors, children
+        return kind_of(module), tracer.paths.get(module) in tracer.opaque, own, tensors, children
 
     def _stored(self, tensor, tracer):
         if tensor is None:
             return None
         if id(tensor) not in tracer.tensors:
             raise Unlike("it registers tensors while it runs")
-        return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, type(tensor), id(tensor) if id(tensor) in self._tied else None
+        return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, kind_of(tensor), id(tensor) if id(tensor) in self._tied else None
 
     def _described(self, value, module):
-        if type(value) in PLAIN:
-            return type(value), repr(value) if type(value) in (float, complex) else value
+        if kind_of(value) in PLAIN:
+            return kind_of(value), repr(value) if kind_of(value) in (float, complex) else value
         if isinstance(value, (tuple, list)):
-            return type(value), tuple(self._described(entry, module) for entry in value)
+            return kind_of(value), tuple(self._described(entry, module) for entry in value)
         if isinstance(value, dict):
-            return type(value), tuple((self._described(key, module), self._described(entry, module)) for key, entry in value.items())
+            return kind_of(value), tuple((self._described(key, module), self._described(entry, module)) for key, entry in value.items())
         if isinstance(value, types.MethodType) and value.__self__ is module:
             return "method", value.__func__
         if isinstance(value, functools.partial):
             return "partial", *(self._described(part, module) for part in (value.func, value.args, value.keywords))
         self._held[id(value)] = value
-        return type(value), id(value)
+        return kind_of(value), id(value)

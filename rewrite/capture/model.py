@@ -28,14 +28,14 @@ from .trace import CannotTrace, trace
 _ATTEMPTS = 24
 
 
-def capture(model, example=None, *, generation=True, stamp=False):
+def capture(model, example=None, *, generation=True, stamp=True):
     """Capture a model → its main Graph ("forward"), the others under `.variants`.
 
     model: a transformers model, or any nn.Module with `example` (a dict of arguments, or a tuple of them in order). It is not changed:
     not its mode, its config, its tensors, nor the random state of the process. generation: also capture the calls that `generate` makes
     (with a cache; the encoder alone); False spares their time where nothing will be generated.
-    stamp: write blocks that are alike down from the first of them instead of running each, so that time hardly grows with depth. Young: a
-    block that looks at its own number in a way that escapes the watch (`type(index) is int`) would be written down wrongly, so it is asked for.
+    stamp: write blocks that are alike down from the first of them instead of running each, so that time hardly grows with depth; a kind of
+    block that does something besides is run each time, and a note says what it does. False runs every block.
     Raises Refused where the outermost module cannot be captured, with the line that stood in the way.
     """
     hooked = next((name for name, module in model.named_modules() if hasattr(module, "_hf_hook")), None)

@@ -12,6 +12,7 @@ that kind are traced one by one, and a note says why.
 import gc
 import random
 import sys
+import types
 from collections import Counter
 
 import numpy
@@ -23,7 +24,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from ..graph import HOST
 from .likeness import PLAIN, Given, Likeness, Unlike, slot_of
-from .positions import parts, watched
+from .positions import kind_of, parts, watched
 from .tidy import ASSERTS, has_effect, written
 
 
@@ -57,7 +58,7 @@ class Stamps:
             return recording.stamp(given)
 
     def _note(self, module, reason):
-        words = f"each {type(module).__name__} is traced by itself: {reason}"
+        words = f"each {kind_of(module).__name__} is traced by itself: {reason}"
         if module in self.likeness.siblings and words not in self.notes:
             self.notes.append(words)
 
@@ -119,7 +120,7 @@ class Recording:
         for number, place, part in _parts(given):
             layers[number, place] = [(layer, dict(vars(layer))) for layer in list.__getitem__(part.layers, slice(None))]
         slots = {place: _proxy(tracer, value) for place, value in enumerate(given.leaves) if isinstance(value, torch.Tensor)}
-        return {"layers": layers, "slots": slots, "random": (random.getstate(), numpy.random.get_state()[1:3])}
+        return {"layers": layers, "slots": slots, "random": (random.getstate(), numpy.random.get_state()[1:3]), "around": _around(given.module)}
 
     def _unchanged(self, before, likeness):
         given, tracer, after = self.given, self.tracer, self._state()
@@ -130,6 +131,9 @@ class Recording:
             raise Unlike("it draws random numbers outside of torch")
         if likeness.structure(given.module, tracer) != given.key[0]:
             raise Unlike("it writes into its own attributes")
+        for name, held in before["around"].items():
+            if not _is_same(held, after["around"].get(name)):
+                raise Unlike(f"it writes into {name[0]}")
         flat, spec = pytree.tree_flatten(pytree.tree_unflatten(given.leaves, given.spec), is_leaf=lambda value: isinstance(value, Cache))
         if spec != given.spec or any(a is not b for a, b in zip(flat, given.leaves)):
             raise Unlike("it changes a container that it was given")
@@ -162,7 +166,7 @@ class Recording:
         for number, place, part in _parts(given):
             layer = slot_of(part, given.slot)
             if layer is not None:
-                self.slots[number, place] = type(layer), {name: self._told(value) for name, value in vars(layer).items()}
+                self.slots[number, place] = kind_of(layer), {name: self._told(value) for name, value in vars(layer).items()}
         for number, value in enumerate(given.leaves):
             if isinstance(value, EncoderDecoderCache):
                 self.flags[number] = dict.get(value.is_updated, given.slot)
@@ -174,13 +178,13 @@ class Recording:
             return self._known[id(value)]
         if isinstance(value, torch.Tensor):
             slot = get_proxy_slot(value, self.tracer, None)
-            if slot is None or slot.constant is not None or slot.proxy.node not in self._number or type(value) is torch.nn.Parameter:
+            if slot is None or slot.constant is not None or slot.proxy.node not in self._number or kind_of(value) is torch.nn.Parameter:
                 raise Unlike("it returns a tensor that it did not make")
             self._known[id(value)] = ("made", self._number[slot.proxy.node], snapshot_fake(value))
             return self._known[id(value)]
-        if type(value) in PLAIN or isinstance(value, type) or (isinstance(value, torch.SymInt) and value.node.expr.is_Symbol):
+        if kind_of(value) in PLAIN or isinstance(value, type) or (isinstance(value, torch.SymInt) and value.node.expr.is_Symbol):
             return "value", value
-        raise Unlike(f"it returns a {type(value).__name__}")
+        raise Unlike(f"it returns a {kind_of(value).__name__}")
 
     def _sources(self):
         """Which nodes a stamp needs, and where it finds what they read."""
@@ -237,7 +241,7 @@ class Recording:
 
     def misfit(self, given):
         """Why a call that is like the recorded one cannot be stamped all the same; None if it can."""
-        if any(given.slot > len(parts(given.leaves[number])[place].layers) for number, place in self.slots):
+        if any(given.slot > list.__len__(parts(given.leaves[number])[place].layers) for number, place in self.slots):
             return "its slot of the cache is not the next one"
         return None
 
@@ -327,6 +331,36 @@ class Recording:
 def _parts(given):
     """(number of the leaf, number of the part, DynamicCache) of the caches of a call."""
     return [(number, place, part) for number, value in enumerate(given.leaves) if isinstance(value, Cache) for place, part in enumerate(parts(value))]
+
+
+def _around(module):
+    """What the code of a block could write into besides: globals of its files, attributes of its classes, objects that it holds; two levels deep."""
+    found = {}
+    for part in module.modules():
+        for kind in kind_of(part).__mro__:
+            if not kind.__module__.startswith(("torch.", "builtins")):
+                found[kind.__qualname__, kind] = vars(kind)
+                found[f"a global of {kind.__module__}", kind.__module__] = vars(sys.modules.get(kind.__module__, types))
+        for name, value in vars(part).items():
+            if hasattr(value, "__dict__") and not isinstance(value, (torch.Tensor, torch.nn.Module, Cache, kind_of)):
+                found[f"its {name}", id(value)] = vars(value)
+    return {name: {key: (value, _copied(value)) for key, value in held.items()} for name, held in found.items()}
+
+
+def _copied(value):
+    return value.copy() if kind_of(value) in (list, dict, set) else None
+
+
+def _is_same(before, after):
+    if after is None or before.keys() != after.keys():
+        return False
+    for key, (value, held) in before.items():
+        other, now = after[key]
+        if value is not other or held is not None and (len(held) != len(now) or any(a is not b for a, b in zip(held, now))):
+            return False
+        if kind_of(held) is dict and any(held[name] is not now[name] for name in held):
+            return False
+    return True
 
 
 def _proxy(tracer, tensor):
