@@ -4,6 +4,10 @@
     -->
     y = lora_linear(x, w, b, down, up, scale)
 
+    y = linear(x, dequant_nf4(codes, scales, nested), b)
+    -->
+    y = linear_nf4(x, codes, scales, nested, b)
+
 Nothing changes but the order of roundings: sums are made in one op, which keeps less for backward. What stays as it is, and why, is in the
 report. Put it last: other passes look for what it has replaced.
 """
@@ -11,6 +15,11 @@ report. Put it last: other passes look for what it has replaced.
 from dataclasses import dataclass
 
 import torch
+from rewrite.kernels.linear_fp4 import linear_fp4
+from rewrite.kernels.linear_fp8 import linear_fp8
+from rewrite.kernels.linear_int4 import linear_int4
+from rewrite.kernels.linear_int8 import linear_int8
+from rewrite.kernels.linear_nf4 import linear_nf4
 from rewrite.kernels.lora_linear import lora_linear
 
 from rewrite.contract import Pass
@@ -28,6 +37,20 @@ class Fuse(Pass):
             return "no pass before it has added anything. Put it after the passes whose work is to be fused."
 
     def apply(self, edit, sites):
-        x = torch.empty(3, 5)
-        shapes = {"x": x, "w": x.new_empty(7, 5), "b": x.new_empty(7), "down": x.new_empty(2, 5), "up": x.new_empty(7, 2)}
-        return fuse(edit, [(lora_linear, shapes)])
+        return fuse(edit, ops())
+
+
+def ops():
+    """Each op with a small tensor for each of its arguments, and sizes where it asks for them."""
+    new = lambda *shape, dtype=torch.float32: torch.zeros(shape, dtype=dtype)  # noqa: E731
+    linear = {"x": new(3, 6), "b": new(7)}
+    whole = {**linear, "codes": new(7, 6, dtype=torch.uint8), "scales": new(7, 1, dtype=torch.int32)}
+    table = {**linear, "codes": new(21, dtype=torch.uint8), "scales": new(1, dtype=torch.int32), "nested": new(2, dtype=torch.int32), "shape": [7, 6]}
+    return [
+        (lora_linear, {**linear, "w": new(7, 6), "down": new(2, 6), "up": new(7, 2)}),
+        (linear_int8, {**whole, "codes": new(7, 6, dtype=torch.int8)}),
+        (linear_int4, {**whole, "codes": new(7, 3, dtype=torch.uint8), "zeros": new(7, 1, dtype=torch.uint8), "shape": [7, 6]}),
+        (linear_nf4, table),
+        (linear_fp4, table),
+        (linear_fp8, whole),
+    ]

@@ -3,7 +3,8 @@
 import json
 import os
 
-os.environ["TRITON_INTERPRET"] = "1"
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import torch  # noqa: E402
 from rewrite.kernels import lora_linear as k  # noqa: E402
