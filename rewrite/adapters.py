@@ -5,8 +5,11 @@
     a.use("fr")   a.use("fr", "de")   a.use()      one, several in that order, none: the model without them, bit for bit
     a.combine("mix", {"fr": 0.7, "de": 0.3})
 
-The captured graph is kept: switching runs the passes of the adapters in use on it once more, over the tensors that are there, and prints anew.
-What has no name (unfreeze, freeze) is always in use. Not to be confused with transformers' own `model.add_adapter`, which knows nothing of graphs.
+The captured graph is kept: the first time that some adapters are used, their passes run on it once more, over the tensors that are there, and
+what comes out is kept too; after that switching puts classes and tensors in place. A base tensor that an adapter trains (a bias of bitfit) is a
+Parameter of the adapter's own, which stands in the model while it is in use; so each Parameter is one object as long as its adapter is there,
+and optimizers go on with it. What has no name (unfreeze, freeze) is always in use. Not to be confused with transformers' own
+`model.add_adapter`, which knows nothing of graphs.
 """
 
 import dataclasses
@@ -14,17 +17,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from . import graph as g
 from .contract import Pass
 from .edit.batch import Batch, alone
-from .emit.live import make_live
+from .edit.reading import names_of
+from .emit.live import Worn, make_live
 from .errors import Refused, RewriteError
 from .pipeline import run_again
 from .report import Report
 from .spec.forms import Form
 from .spec.parse import Spec, Step
-from .store.folder import ADAPTER, put_tensors, read_folder, unwrapped, write
+from .store.folder import ADAPTER, SPEC, put_tensors, read_folder, unwrapped, write
+
+_SETTINGS = 64  # sets of adapters whose graph and source are kept
 
 
 def adapters(live):
@@ -32,14 +39,65 @@ def adapters(live):
     return Adapters(unwrapped(live, "adapters"))
 
 
+@dataclass(frozen=True)
+class Setting:
+    """A live model with some adapters in use: what it wears, and the names of what trains."""
+
+    graph: g.Graph
+    spec: Spec
+    report: Report
+    worn: Worn
+    trains: frozenset
+
+    @staticmethod
+    def of(live):
+        trains = frozenset(name for name, p in live.named_parameters(remove_duplicate=False) if p.requires_grad)
+        return Setting(live.graph, live.spec, live.report, Worn.of(live), trains)
+
+    def fits(self, live):
+        """Is everything that its source reads still there? What hooks remember goes when training is over."""
+        return all(g.has_attribute(live, path) for path in (*self.report.made, *self.report.memory))
+
+    def put(self, live):
+        """Let the live model be as it was."""
+        self.worn.put(live)
+        for name, parameter in live.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(name in self.trains)
+        live.__dict__.update(graph=self.graph, spec=self.spec, report=self.report)
+
+
+class Settings(dict):
+    """names of the adapters in use → Setting, the last _SETTINGS of them. They belong to one tree: a copy of the model begins anew."""
+
+    def keep(self, names, setting):
+        self.pop(names, None)
+        self[names] = setting
+        while len(self) > _SETTINGS:
+            del self[next(iter(self))]
+
+    def __deepcopy__(self, memo):
+        return Settings()
+
+    def __reduce__(self):
+        return Settings, ()
+
+
 @dataclass
 class Known:
-    """What a live model remembers of its adapters: steps that are always in use, those of each adapter, and which are in use."""
+    """What a live model remembers of its adapters: steps that are always in use, those of each adapter, and which are in use.
+
+    first: those that came with the model's spec. own: adapter → path of a base tensor that it trains → its own Parameter; `base`: path → the
+    model's. settings: what the sets of adapters that have been in use look like.
+    """
 
     ground: tuple
     steps: dict[str, tuple]
     active: tuple[str, ...]
+    first: frozenset
     made: set = field(default_factory=set)
+    own: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)
+    base: dict[str, nn.Parameter] = field(default_factory=dict)
+    settings: Settings = field(default_factory=Settings)
 
     @staticmethod
     def of(live):
@@ -47,7 +105,18 @@ class Known:
         for step in live.spec.passes:
             named = isinstance(step, Step) and not hasattr(step.options, "apply")
             (steps.setdefault(step.name, []) if named else ground).append(step)
-        return Known(tuple(ground), {name: tuple(own) for name, own in steps.items()}, tuple(steps), {*live.report.made, *live.report.memory})
+        return Known(tuple(ground), {name: tuple(own) for name, own in steps.items()}, tuple(steps), frozenset(steps), {*live.report.made, *live.report.memory})
+
+    @property
+    def passes(self):
+        """The steps to run, in their places."""
+        return _placed((*self.ground, *(step for name in self.active for step in self.steps[name])))
+
+    @property
+    def owners(self):
+        """Place of a step → the adapter that it belongs to; None for what is always in use."""
+        names = [*[None] * len(self.ground), *(name for name in self.active for _ in self.steps[name])]
+        return {f"passes[{number}]": name for number, name in enumerate(names)}
 
 
 class Adapters:
@@ -55,7 +124,12 @@ class Adapters:
 
     def __init__(self, live):
         self.live = live
-        self.known = live.__dict__.get("_adapters") or Known.of(live)
+        live.__dict__.setdefault("_adapters", Known.of(live))
+
+    @property
+    def known(self):
+        """The Known of the live model: one, however many ask for its adapters."""
+        return self.live.__dict__["_adapters"]
 
     # ---- looking ------------------------------------------------------------------------------------------------------------
     @property
@@ -96,10 +170,15 @@ class Adapters:
         self._require((name,))
         mine = self._owned(name)
         steps = {other: own for other, own in self.known.steps.items() if other != name}
-        self._run(dataclasses.replace(self.known, steps=steps, active=tuple(other for other in self.known.active if other != name)))
+        active = tuple(other for other in self.known.active if other != name)
+        self._run(dataclasses.replace(self.known, steps=steps, active=active, first=self.known.first - {name}))
         for path in mine:
             g.remove(self.live, path)
-        self.known.made -= set(mine)
+        known = self.known
+        known.made -= set(mine)
+        known.own.pop(name, None)
+        for names in [names for names in known.settings if name in names]:
+            del known.settings[names]
 
     def combine(self, name, weights):
         """A new adapter, the weighted sum of others: of what they do where a pass can say that (`combined`, as lora does), else of their tensors."""
@@ -111,6 +190,9 @@ class Adapters:
         steps, values = [], {}
         for at, step in enumerate(first):
             parts = [(self.known.steps[other][at].options, float(weight), self._by_site(other, step)) for other, weight in weights.items()]
+            if not parts[0][2] and all(options == parts[0][0] for options, _, _ in parts):  # it trains what the base has, and brings nothing
+                steps.append(dataclasses.replace(step, name=name))
+                continue
             found = [step.options.combined([(options, weight, sites[place]) for options, weight, sites in parts]) for place in parts[0][2]]
             if any(one is None for one in found):
                 raise Refused(f"adapters: {step.method} of other options cannot be combined.")
@@ -121,6 +203,9 @@ class Adapters:
         with torch.no_grad():
             for path, value in values.items():
                 g.attribute(self.live, path).copy_(value)
+            for path, parameter in self.known.own.get(name, {}).items():  # what they have made of the base's value
+                base = self.known.base[path]
+                parameter.copy_(base + sum(weight * (self.known.own[other][path] - base) for other, weight in weights.items()))
 
     # ---- on disk ------------------------------------------------------------------------------------------------------------
     def save(self, folder, *names):
@@ -130,22 +215,54 @@ class Adapters:
             write(self.live, Path(folder) if len(names) == 1 else Path(folder) / name, *self._alone(name))
         return Path(folder)
 
-    def load(self, folder, name):
-        """Read a folder that `save` wrote into the adapter `name`; one that is not there yet is added."""
-        spec, tensors = read_folder(Path(folder), self.live._base)
-        steps = [step for step in spec.passes if isinstance(step, Step) and not hasattr(step.options, "apply")]
-        own = {step.name for step in steps}
-        if len(own) > 1:
-            raise Refused(f"{folder}: holds several adapters ({', '.join(sorted(own))}). Save them one by one.")
-        if name not in self.names:
-            self.add(name, [step.to_dict() for step in steps])
-        wanted, mine = self._alone(name)
-        bare = lambda spec: [dataclasses.replace(step, name="") for step in spec.passes if isinstance(step, Step) and not hasattr(step.options, "apply")]  # noqa: E731
-        if bare(spec) != bare(wanted):
-            raise Refused(f"{folder}: its steps are not those of the adapter {name!r} here.")
-        old = next(iter(own))
-        renamed = {_renamed(path, steps, old, name) if name in self.known.steps else path: value for path, value in tensors.items()}
-        put_tensors(mine, renamed, Path(folder) / ADAPTER)
+    def load(self, folder, name=None):
+        """Read a folder that `save` wrote into the adapter `name`; one that is not there yet is added. Returns the names of what was read.
+
+        Without a name: all adapters of a folder that holds several, and of one with folders of theirs in it, under the names that they have
+        there. In use is then what was in use before.
+        """
+        folder = Path(folder)
+        inside = [] if name is not None or (folder / SPEC).exists() or not folder.is_dir() else sorted(part for part in folder.iterdir() if (part / SPEC).is_file())
+        read = [(part, *self._read(part, name)) for part in inside or [folder]]
+        active = self.known.active
+        for part, steps, tensors in read:
+            if name is not None and len(steps) > 1:
+                raise Refused(f"{part}: holds several adapters ({', '.join(steps)}). Leave out the name to load all, each under its own.")
+            names = {old: name or (part.name if inside else old) for old in steps}
+            if name is None and set(names.values()) - set(self.names):
+                self.use()
+            self._put(part, steps, names, tensors)
+        if name is None:
+            self.use(*active)
+        return tuple(new for part, steps, _ in read for new in ([name] if name else [part.name] if inside else steps))
+
+    def _read(self, folder, name):
+        """(adapter → its steps, path → tensor) of a folder."""
+        spec, tensors = read_folder(folder, self.live._base)
+        if any(isinstance(step, Batch) for step in spec.passes):
+            raise Refused(f"{folder}: holds a batch, whose tensors are stacked. Load it with load(model, folder), and save its adapters one by one with adapters(live).save.")
+        steps = {}
+        for step in spec.passes:
+            if isinstance(step, Step) and not hasattr(step.options, "apply"):
+                steps.setdefault(step.name, []).append(step)
+        if not steps:
+            raise Refused(f"{folder}: holds no adapter: none of its steps has sites of its own. Load it with load(model, folder).")
+        return steps, tensors
+
+    def _put(self, folder, steps, names, tensors):
+        """The tensors of a folder into adapters of this model; `steps` are those of the folder, `names` old name → name here."""
+        wanted, bare = {}, lambda steps: [dataclasses.replace(step, name="", place="") for step in steps]  # noqa: E731
+        for old, name in names.items():
+            if name not in self.names:
+                self.add(name, [step.to_dict() for step in steps[old]])
+                if len(names) > 1:
+                    self.use()
+            if bare(steps[old]) != bare(self.steps_of(name)):
+                raise Refused(f"{folder}: its steps are not those of the adapter {name!r} here.")
+            wanted |= self._alone(name)[1]
+            if name in self.known.steps:
+                tensors = {_renamed(path, steps[old], old, name): value for path, value in tensors.items()}
+        put_tensors(wanted, tensors, folder / ADAPTER)
 
     # ---- how ----------------------------------------------------------------------------------------------------------------
     def _require(self, names):
@@ -181,31 +298,79 @@ class Adapters:
         if name in self._batch():
             tensors = {of[name]: g.attribute(live, path)[list(of).index(name)] for path, of in live.report.stacked.items() if name in of}
             return alone(live.spec, name), tensors
-        spec = dataclasses.replace(live.spec, passes=_placed((*self.known.ground, *self.known.steps[name])), source=None)
-        return spec, {path: g.attribute(live, path) for path in (*self._owned(name), *live.report.trains)}
+        known, owners = self.known, self.known.owners
+        spec = dataclasses.replace(live.spec, passes=_placed((*known.ground, *known.steps[name])), source=None)
+        trained = [path for path in live.report.trains if {owners[place] for place in live.report.trainers[path]} <= {None, *({name} & known.first)}]
+        return spec, {path: g.attribute(live, path) for path in (*self._owned(name), *trained)} | known.own.get(name, {})
 
     def _run(self, known):
-        """Rewrite the kept graph with the adapters of `known` in use; the live model stays as it is where that is refused."""
-        live = self.live
+        """Use the adapters of `known`; the live model stays as it is where that is refused."""
+        live, before = self.live, self.known
         self._refuse_unfit(known)
-        passes = _placed((*known.ground, *(step for name in known.active for step in known.steps[name])))
-        graph = live.graph.bare.over(live)
-        flags = {id(p): (p, p.requires_grad) for p in live.parameters()}
-        fresh = Report(opaque=dict(graph.opaque), notes=list(graph.notes))
-        try:
-            run_again(graph, passes, live.spec.seed, fresh, self.known.made)
-        except RewriteError:
-            for path in {*fresh.made, *fresh.memory} - self.known.made:
-                if g.has_attribute(live, path):
-                    g.remove(live, path)
-            for parameter, flag in flags.values():
-                parameter.requires_grad_(flag)
-            raise
-        known.made = {*self.known.made, *fresh.made, *fresh.memory}
+        before.settings.keep(before.active, Setting.of(live))
+        found = known.settings.get(known.active)
+        if found is not None and found.fits(live):
+            self._place(known)
+            found.put(live)
+        else:
+            held = [(parameter, parameter.data, parameter.requires_grad) for parameter in live.parameters()]
+            self._place(known)
+            fresh = Report(opaque=dict(live.graph.bare.opaque), notes=list(live.graph.bare.notes))
+            try:
+                self._rewrite(known, fresh)
+            except RewriteError:
+                for path in {*fresh.made, *fresh.memory} - before.made:
+                    if g.has_attribute(live, path):
+                        g.remove(live, path)
+                self._place(before)
+                for parameter, data, flag in held:
+                    parameter.data = data
+                    parameter.requires_grad_(flag)
+                raise
+        live.__dict__["_adapters"] = known
+
+    def _rewrite(self, known, report):
+        """Run the passes of the adapters in use on the kept graph, over the tensors that are there."""
+        live = self.live
+        graph, passes = live.graph.bare.over(live), known.passes
+        data = {path: parameter.data for path, parameter in live.named_parameters(remove_duplicate=False)}
+        run_again(graph, passes, live.spec.seed, report, [path for path in known.made if g.has_attribute(live, path)])
+        self._part(known, report, data)
+        known.made = {*known.made, *report.made, *report.memory}
         graph.bare = live.graph.bare
         make_live(graph)
-        self.known = known
-        live.__dict__.update(graph=graph, spec=dataclasses.replace(live.spec, passes=passes), report=fresh, _adapters=known)
+        live.__dict__.update(graph=graph, spec=dataclasses.replace(live.spec, passes=passes), report=report)
+
+    def _part(self, known, report, data):
+        """Give each adapter that trains (or writes) base tensors Parameters of its own, and the model its own ones back; `data`: as it was before."""
+        owners = known.owners
+        found = {path: {owners[place] for place in places} for path, places in report.trainers.items() if path in report.trains or path in report.written}
+        for path, names in found.items():
+            if len(names) > 1:
+                who = " and ".join(f'"{name}"' if name else "what is always in use" for name in sorted(names, key=str))
+                raise Refused(f"adapters: {who} train @{path}, and the model can hold one value of it at a time. Use one of them; before another one is added, use() takes the first out of use.")
+        for path, (name,) in found.items():
+            if name is None or name in known.first or path in known.own.get(name, {}):
+                continue
+            base = g.attribute(self.live, path)
+            own = nn.Parameter(base.data, base.requires_grad)
+            for other in names_of(self.live, base):
+                known.base[other] = base
+                known.own.setdefault(name, {})[other] = own
+                g.install(self.live, other, own)
+            base.data = data[path]
+            base.requires_grad_(False)
+
+    def _place(self, known):
+        """Let the base tensors be the model's own, but for those that an adapter in use has of its own."""
+        wanted = dict(known.base)
+        for name in known.active:
+            wanted |= known.own.get(name, {})
+        for path, parameter in wanted.items():
+            there = g.attribute(self.live, path)
+            if there is not parameter:
+                parameter.data = parameter.data.to(there)  # the model may have been moved, or cast, since
+                g.install(self.live, path, parameter)
 
     def _refuse_unfit(self, known):
         live, report = self.live, self.live.report
@@ -213,10 +378,13 @@ class Adapters:
             raise Refused("adapters: this live model has left its captured graph behind (it was unpickled, or donated). Save it, and load it on its base.")
         if report.folded or report.derived or report.released:
             raise Refused("adapters: a pass has changed the base weights themselves, so the passes cannot be run on them once more. Rewrite the base with the adapters wanted.")
-        for name, steps in known.steps.items():
-            for step in steps:
+        for name in self.known.first - set(known.active):
+            for step in self.known.steps[name]:
                 if type(step.options).trains is not Pass.trains or type(step.options).writes is not Pass.writes:
-                    raise Refused(f'adapters: {step.method} of "{name}" trains tensors of the model itself, which all adapters share. Use lora and the like, or a batch, where each has copies.')
+                    raise Refused(
+                        f'adapters: {step.method} of "{name}" trains tensors of the model itself, and what they were before is not kept of a spec that a model was made with. '
+                        'Rewrite the base with {"passes": []} and add the adapter: then it has values of its own.'
+                    )
 
 
 def _placed(steps):

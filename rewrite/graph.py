@@ -71,7 +71,8 @@ class Graph:
     repeated modules. `checks` must hold for the inputs of each call. `opaque` maps the path of a module that stays one call to the
     reason, `notes` are fall-backs for the report. `variants` are the other graphs over the same root; one that `is_inner` is a leaf module inside
     an opaque one, captured on its own: a part of the model that no other graph shows. `captured` is the graph before the passes, where one of
-    them may be done again. `front`: how many tokens passes have put before the model's own.
+    them may be done again. `front`: how many tokens passes have put before the model's own. `known`: what has been worked out of this
+    capture, which all copies share: the code of passes as it was traced, what ops give for which shapes.
     """
 
     fx: fx.Graph
@@ -90,6 +91,7 @@ class Graph:
     captured: "Graph | None" = None
     bare: "Graph | None" = None
     front: int = 0
+    known: dict = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def nodes(self):

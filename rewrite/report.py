@@ -58,7 +58,7 @@ class Report:
     """The report of one rewrite.
 
     `made` maps each new tensor's path to the pass that made it; `trains` are the base tensors that the spec lets train, `written` those that are
-    copies of the live model's own; `folded` those whose values a merge changed, `biases` the bias that a merge had to make for a weight; `opaque`
+    copies of the live model's own, `trainers` the places of the steps that asked for them; `folded` those whose values a merge changed, `biases` the bias that a merge had to make for a weight; `opaque`
     the modules that stayed one call, with the reason; `notes` fall-backs. `hooked` are the steps that do something while training, by place;
     `memory` the buffers that they remember things in. `inputs` those beside the model's own (name → `Input`); `stacked` maps a tensor with an
     entry for each of several adapters to adapter → the path of its own tensor alone. `derived` maps what follows from
@@ -70,6 +70,7 @@ class Report:
     made: dict[str, str] = field(default_factory=dict)
     trains: set[str] = field(default_factory=set)
     written: set[str] = field(default_factory=set)
+    trainers: dict[str, set[str]] = field(default_factory=dict)
     folded: set[str] = field(default_factory=set)
     biases: dict[str, str] = field(default_factory=dict)
     inputs: dict[str, object] = field(default_factory=dict)

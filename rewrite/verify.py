@@ -34,7 +34,7 @@ class Record:
         for name, parameter in graph.root.named_parameters(remove_duplicate=False):
             groups.setdefault(id(parameter), []).append(name)
         tied = tuple(tuple(names) for names in groups.values() if len(names) > 1)
-        return Record(tuple(n.target for n in graph.placeholders), len(_output(graph).args[0]), tied, report, graphs)
+        return Record(tuple(n.target for n in graph.placeholders), len(_output(graph).args[0]), tied, report, graphs, graphs[0].known.setdefault(("shapes", graph.fake_mode), {}))
 
 
 def _output(graph):

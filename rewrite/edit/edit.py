@@ -32,7 +32,7 @@ class Edit(Reading):
 
     def __init__(self, graph, sites, graphs, step, seed, report, memo, aside=frozenset()):
         self.graph, self.sites, self.step, self.seed, self.report, self.made, self.memo = graph, sites, step, seed, report, report.made, memo
-        self.graphs, self.main, self.restructured = graphs, graph is graphs[0], False
+        self.graphs, self.main, self.restructured, self.bodies = graphs, graph is graphs[0], False, graphs[0].known
         self.declined = []  # (site, reason) of what a pass over the whole graph left as it is
         self.aside, self.choices, self.replaced = aside, {}, []
         self.carried, self.beside = None, set()  # the value that goes from site to site with the site that it comes from; the nodes that make it
@@ -140,6 +140,8 @@ class Edit(Reading):
     def own(self, path):
         """Give the live model a copy of a base tensor of its own (unless it was donated): a hook, or training, will write it."""
         parameter = g.attribute(self.graph.root, path)
+        for name in names_of(self.graph.root, parameter):
+            self.report.trainers.setdefault(name, set()).add(self.step.place)
         if path in self.report.trains or path in self.report.written:
             return
         if not parameter.is_floating_point():
@@ -252,10 +254,10 @@ class Edit(Reading):
         values = [node.meta["val"] for node in inputs]
         operation = self.operation(site)
         fixed = (operation and operation.static, *((name, f.static) for name, f in functions.items()), *facts.items())
-        key = (self.step.place, self.fake_mode, noun, site.layout.rows, tuple(names), tuple(absent), tuple(map(signature, values)), fixed)
-        body = self.memo.get(key)
+        key = self.key(noun, function, site, tuple(names), tuple(absent), tuple(map(signature, values)), fixed)
+        body = self.bodies.get(key)
         if body is None:
-            body = self.memo[key] = self._trace(site, function, [name for name in asked if name not in absent], target, names, extras, values, facts, functions, place)
+            body = self.bodies[key] = self._trace(site, function, [name for name in asked if name not in absent], target, names, extras, values, facts, functions, place)
         current = nodes.get(target)
         if current is not None and not current.users:
             raise Refused(f"{place}: nothing reads the value that {noun}() would replace.")
@@ -333,6 +335,11 @@ class Edit(Reading):
         with self.fake_mode:
             fresh = [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) for v in values]
         return Body(run, fresh, self.fake_mode, training="training" in asked or any(f.flagged for f in functions.values()), marker=self.marker, place=place)
+
+    def key(self, noun, function, site, *more):
+        """What the body of a noun depends on, whatever rewrite of this capture it was traced for."""
+        options, layout = self.step.options, site.layout
+        return (type(options), repr(options), noun, getattr(function, "__func__", None), self.fake_mode, self.marker, layout.rows, tuple(layout.turned), *more)
 
     @property
     def marker(self):

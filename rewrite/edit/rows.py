@@ -176,15 +176,15 @@ class RowsEdit(Edit):
         operation = self.operation(site)
         fixed = (operation and operation.static, *((name, f.static) for name, f in functions.items()), *facts.items())
         values = [node.meta["val"] for node in inputs]
-        key = (self.step.place, self.fake_mode, noun, function is None, site.layout.rows, tuple(nodes), kinds, tuple(map(signature, values)), fixed)
-        if key not in self.memo:
+        key = self.key(noun, function, site, tuple(nodes), kinds, tuple(map(signature, values)), fixed)
+        if key not in self.bodies:
             run = _Rows(self, site, target, function, asked, tuple(nodes), extras, kinds, facts, functions, place).run
-            self.memo[key] = self._body(run, values, place, "training" in asked)
+            self.bodies[key] = self._body(run, values, place, "training" in asked)
         flag = lambda: self.attribute(".".join(p for p in (site.owner, "training") if p))  # noqa: E731
         anchor = max(n for n in (current, *inputs) if n.op not in ("get_attr", "placeholder"))
         before = self.top if anchor < self.top else anchor.next  # new tensors stand right before the top
         with self.graph.fx.inserting_before(before):
-            new, own = self.memo[key].paste(self.graph.fx, inputs, flag, {"path": site.owner, "made": self.kind, "role": f"made.{self.kind}", "site": site.path})
+            new, own = self.bodies[key].paste(self.graph.fx, inputs, flag, {"path": site.owner, "made": self.kind, "role": f"made.{self.kind}", "site": site.path})
         self.by_name.update((n.name, n) for n in own)
         if new is current:
             return 0

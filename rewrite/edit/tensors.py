@@ -142,8 +142,9 @@ class NewTensors:
         return operation and Base(operation.weight, operation.axes, site.layout.rows, self.edit._dim(operation, "w"))
 
     def _remember(self, path, value):
-        self._free(path)
-        g.install(self.edit.graph.root, path, value)
+        if path not in self.memo["kept"]:
+            self._free(path)
+            g.install(self.edit.graph.root, path, value)
         self.edit.report.memory.add(path)
         return path
 

@@ -45,9 +45,7 @@ def make_live(graph):
     """The live model of a graph and its variants: `graph.root`, re-classed in place. Raises Refused for a model with device-map hooks."""
     root = graph.root
     refuse_hooks(root)
-    for module in root.modules():  # the tree of a live model that is rewritten further
-        if "_printed" in vars(type(module)):
-            module.__class__ = type(module)._printed.base
+    _undress(root)  # the tree of a live model that is rewritten further
     printed = graph.all()
     if (plain := unlabelled(graph)) is not None:
         printed.append(plain)
@@ -87,6 +85,31 @@ def make_live(graph):
             module.__dict__["_whole"] = (root,)  # a tuple, so that the whole is no submodule of its part
     root.__dict__["graph"] = graph
     return root
+
+
+def _undress(root):
+    for module in root.modules():
+        if "_printed" in vars(type(module)):
+            module.__class__ = type(module)._printed.base
+
+
+@dataclass(frozen=True)
+class Worn:
+    """The classes and signatures that make a tree of modules live, to be put on again."""
+
+    modules: tuple
+
+    @staticmethod
+    def of(live):
+        return Worn(tuple((module, type(module), vars(module).get("_signature")) for module in live.modules() if "_printed" in vars(type(module))))
+
+    def put(self, live):
+        """Let the modules of a live model be what they were."""
+        _undress(live)
+        for module, cls, signature in self.modules:
+            module.__class__ = cls
+            if signature is not None:
+                module.__dict__["_signature"] = signature
 
 
 def source(live, path=""):
