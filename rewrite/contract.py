@@ -90,7 +90,7 @@ class Pass:
     `inputs` (name → `Input`; a property where options decide) are what calls of the model take beside its own. `lengthens` says that
     `output` on `embed` puts tokens in front of the model's own: masks, positions, token types, labels and caches follow, and the caller sees
     none of it. Its nouns at other sites stand where these tokens are read, not behind a cache that holds them. A pass that is not site-shaped defines `apply(self, edit, sites)` instead of nouns. `choices` are the frozen tensors that a
-    hook writes for each step and that the nouns read in training alone.
+    hook writes for each step and that the nouns read in training alone. `unfuses`: it takes fused operations apart where it finds some.
     """
 
     role: ClassVar[str | list | None] = None
@@ -106,6 +106,7 @@ class Pass:
     choices: ClassVar[tuple[str, ...]] = ()
     inputs: ClassVar[dict] = {}
     whole: ClassVar[bool] = False
+    unfuses: ClassVar[bool] = False
 
     def requires(self, graph):
         """Why the graph is not ready for this pass, or None."""

@@ -2,6 +2,7 @@
 
 The added nodes of one op are cut out with the op as a function of x, run in float64, and asked: are you affine in x? On an identity they then
 give the weight that stands for all of them. Nothing is declared by a pass; a gate, an activation, another input, and it does not fold.
+A weight in codes is what its codes stand for, and becomes numbers where that is asked for. What was fused is taken apart first.
 """
 
 import hashlib
@@ -11,9 +12,11 @@ from torch import fx, nn
 
 from . import graph as g
 from .edit.body import signature
+from .edit.derive import evaluated
 from .edit.operation import Operation
 from .edit.reading import names_of
 from .errors import Refused
+from .fuse import unfuse
 from .training.hooks import forget
 
 #: How far from affine float64 rounding may look, relative to the RMS of the values.
@@ -26,7 +29,7 @@ class _Region:
 
     def __init__(self, edit, node, results):
         self.edit, self.operation = edit, Operation.of(node)
-        self.node, self.y = node, edit.live(node)
+        self.node, self.y, self.codes = node, edit.live(node), _codes(edit, self.operation)
         self.x = _original(node.args[self.operation.x], results)
         self.nodes, self.reads, self.outside = self._cut()
 
@@ -37,7 +40,7 @@ class _Region:
             node = todo.pop()
             if node is self.x or node in inside or node in reads:
                 continue
-            if node.op == "get_attr":
+            if node.op == "get_attr" or node is self.codes:
                 reads.add(node)
             elif node in own or ("made" in node.meta and node.op != "placeholder"):
                 inside.add(node)
@@ -54,12 +57,17 @@ class _Region:
     def path(self):
         return self.operation.weight
 
+    def stored(self, path):
+        """The tensor at a path; of a weight in codes, the numbers that they stand for. A flag of training is False."""
+        value = evaluated(self.edit, self.codes) if self.codes is not None and path == self.path else g.attribute(self.edit.graph.root, path)
+        return value.detach() if isinstance(value, torch.Tensor) else False
+
     def run(self, x, tensors, extras=None, is_identity=False):
         """The region's value at `x` (and, for experts, at other `extras`), with `tensors` by path, in eval mode.
 
         Where `x` is an identity the op's own product is its weight, turned: for a square weight of 4096 that spares 10¹¹ operations.
         """
-        env = {self.x: x, **(extras or {})}
+        env = {self.x: x, **({self.codes: tensors(self.path)} if self.codes is not None else {}), **(extras or {})}
         read = lambda a: fx.node.map_arg(a, lambda n: env[n] if n in env else tensors(n.target))  # noqa: E731
         for node in self.nodes:
             args, kwargs = read(node.args), read(node.kwargs)
@@ -76,7 +84,7 @@ class _Region:
         bias = args[operation.b] if operation.b is not None and len(args) > operation.b else None
         return (product if bias is None else product + bias).expand(*x.shape[:-1], product.shape[-1])
 
-    def reason(self):
+    def reason(self, dequantize=False):
         """Why this region does not fold, or None."""
         if self.outside:
             return f"it also reads %{self.outside[0].name}, which is not its own x"
@@ -84,20 +92,29 @@ class _Region:
             return "tokens stand in front of what it looks up, which no table of a vocabulary holds"
         if self.operation.kind == "experts" and not (len(self.operation.extras) == 1 and "grouped_mm" in str(self.node.target)):
             return "its experts are gathered token by token"
-        values = {node.target: g.attribute(self.edit.graph.root, node.target) for node in self.reads}
+        if self.codes is not None and not dequantize:
+            code = next(n for n in _above(self.codes) if n.op == "get_attr" and not n.meta["val"].is_floating_point())
+            return f'@{code.target} is stored as {code.meta["val"].dtype}, not as numbers that a sum could be added to. Say "dequantize": true to have the weight as numbers again'
+        values = {node.target: g.attribute(self.edit.graph.root, node.target) for node in self.reads if node is not self.codes}
         low = [path for path, value in values.items() if isinstance(value, torch.Tensor) and not value.is_floating_point()]
         if low:
             return f"@{low[0]} is stored as {values[low[0]].dtype}, not as numbers that a sum could be added to"
-        others = [n.target for part in self.edit.graphs for n in part.nodes if n.op == "get_attr" and n.target == self.path for user in n.users if not self._covers(part, n, user)]
+        others = [user for part in self.edit.graphs for user in self._readers(part) if not self._covers(part, user)]
         if others:
             return f"@{self.path} is tied: another operation reads it without these additions"
         return None if self._is_affine() else "what was added is not affine in x (an activation, a gate, a normalisation of x)"
 
-    def _covers(self, part, weight, user):
+    def _readers(self, part):
+        """What reads the weight in a graph; of one in codes, the operations on what they stand for."""
+        if self.codes is None:
+            return [user for n in part.nodes if n.op == "get_attr" and n.target == self.path for user in n.users]
+        return [node for node in part.nodes if (found := Operation.of(node)) is not None and found.weight == self.path]
+
+    def _covers(self, part, user):
         """Does another reader of the same weight carry the same additions (a block that is used twice)?"""
         if part is self.edit.graph and (user is self.node or user in self.nodes):
             return True
-        wanted = {a.target for n in self.made for a in n.all_input_nodes if a.op == "get_attr"} - {self.path}
+        wanted = {a.target for n in self.made for a in n.all_input_nodes if a.op == "get_attr"} - {self.path}  # codes are none of them
         readings = [found for node in part.nodes if (found := Operation.of(node)) is not None and found.weight == self.path]
         own = {node for found in readings for node in (found.node, *found.chain)}
         seen, todo = {user}, [user]
@@ -111,11 +128,11 @@ class _Region:
 
     def _random(self, path):
         """A tensor's value for the question whether the region is affine: new tensors at random, since one that starts at zero hides what it gates."""
-        value = g.attribute(self.edit.graph.root, path)
+        value = self.stored(path)
         if not isinstance(value, torch.Tensor):
-            return False  # a training flag
+            return False
         generator = torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(path.encode(), digest_size=7).digest(), "little"))
-        return torch.randn(value.shape, generator=generator, dtype=torch.float64) if path in self.edit.made or value.is_meta else value.detach().double().cpu()
+        return torch.randn(value.shape, generator=generator, dtype=torch.float64) if path in self.edit.made or value.is_meta else value.double().cpu()
 
     def _is_affine(self):
         cache = {}
@@ -154,7 +171,7 @@ class _Region:
 
     def evaluate(self):
         """(weight in standard orientation, bias or None), float64: what the op and all additions are together."""
-        tensors = lambda path: value.detach().double() if isinstance(value := g.attribute(self.edit.graph.root, path), torch.Tensor) else False  # noqa: E731
+        tensors = lambda path: value.double() if isinstance(value := self.stored(path), torch.Tensor) else False  # noqa: E731
         weight = self.operation.standard(tensors(self.path))
         if self.operation.kind == "embedding":
             return self.run(torch.arange(weight.shape[1], device=weight.device), tensors).mT, None
@@ -169,6 +186,24 @@ class _Region:
         if self.operation.kind == "conv":
             return delta.flatten(1).unflatten(0, weight.shape[1:]).movedim(-1, 0), bias.flatten(1)[0]
         return delta.reshape(weight.shape[1], -1).mT, bias.reshape(-1, bias.shape[-1])[0]
+
+
+def _above(node):
+    """A node and all that its value is computed from."""
+    found, todo = set(), [node]
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += node.all_input_nodes if node.target not in (g.dtype_of, g.device_of) else ()
+    return found
+
+
+def _codes(edit, operation):
+    """The node that makes numbers of the codes in which an operation's weight is stored: what stands for it and comes from derived tensors alone. Or None."""
+    standing = [node for node in _above(operation.source) if node.meta.get("stands_for") == operation.weight]
+    reads = {node: {n.target for n in _above(node) if n.op == "get_attr"} for node in standing}
+    return next((node for node in sorted(standing) if reads[node] and reads[node] <= edit.report.derived.keys()), None)
 
 
 def _adds_up(f, a, b):
@@ -208,17 +243,19 @@ def _valid(target, args):
     return (args[0], args[1], args[2] if len(args) > 2 else None, [1] * n, [0] * n if not str(target).endswith("padding") else "valid", dilation)
 
 
-def fold(edit, *, partial=False):
+def fold(edit, *, partial=False, dequantize=False):
     """Fold every addition of the graph that folds. Returns [(path of the weight, "linear")]; sets the new values once for all variants.
 
-    Raises Refused, before anything is changed, with each reason, unless `partial` and something folds.
+    dequantize: a weight in codes that something was added to becomes numbers again. Raises Refused, before anything is changed, with each
+    reason, unless `partial` and something folds.
     """
     graph = edit.graph
+    unfuse(edit)
     results = {edit.live(node) for node in graph.nodes if "live" in node.meta}
     regions = [_Region(edit, node, results) for node in graph.nodes if Operation.of(node) is not None and "made" not in node.meta]
     regions = [region for region in regions if region.made]
     decides = edit.main or graph.is_inner
-    folding = _decided(edit, regions, partial) if decides else [r for r in regions if r.path in edit.memo["folding", edit.step.place]]
+    folding = _decided(edit, regions, partial, dequantize) if decides else [r for r in regions if r.path in edit.memo["folding", edit.step.place]]
     if decides:
         edit.memo.setdefault(("folding", edit.step.place), set()).update(region.path for region in folding)
         values = {region.path: (region, *region.evaluate()) for region in folding}
@@ -232,19 +269,23 @@ def fold(edit, *, partial=False):
         g.remove(graph.root, path)
         del edit.made[path]
         edit.report.feeds.discard(path)
+        edit.report.derived.pop(path, None)
     forget(edit.report, graph.root)
     edit.restructured = True
     return [(region.path, "linear") for region in folding]
 
 
-def _decided(edit, regions, partial):
+def _decided(edit, regions, partial, dequantize):
     """The regions that fold, found on the main graph; the other variants follow it."""
-    reasons = {region: region.reason() for region in regions}
+    reasons = {region: region.reason(dequantize) for region in regions}
     known = {id(n) for region in regions for n in region.made}
+    known |= {id(n) for node in edit.graph.nodes if (found := Operation.of(node)) is not None and (codes := _codes(edit, found)) is not None for n in _above(codes)}
     loose = {n.meta["site"]: n.meta["made"] for n in edit.graph.nodes if "made" in n.meta and "site" in n.meta and id(n) not in known}
     refused = [f"{region.path}: {reason}" for region, reason in reasons.items() if reason]
     refused += [f"{path}: what {made} added there is not around an affine operation on a weight" for path, made in loose.items()]
     folding = [region for region, reason in reasons.items() if reason is None]
+    if not regions and not refused:
+        raise Refused(f"{edit.step.place}: merge: nothing was added to a weight, so there is nothing to merge. Weights in codes alone stay in them.")
     if refused and not (partial and folding):
         more = f"\n… and {len(refused) - 5} more" if len(refused) > 5 else ""
         advice = 'Say "partial": true to merge the rest.' if folding else "There is nothing to merge."
@@ -255,6 +296,9 @@ def _decided(edit, regions, partial):
 def _set(edit, region, weight, bias):
     root, operation = edit.graph.root, region.operation
     parameter = g.attribute(root, operation.weight)
+    if parameter is None:
+        parameter = nn.Parameter(weight.to(edit.report.released.pop(operation.weight)), requires_grad=False)
+        g.install(root, operation.weight, parameter)
     parameter.data = operation.stored(weight).to(parameter.dtype).contiguous()
     edit.report.folded.update(names_of(root, parameter))
     for path in names_of(root, parameter):
@@ -274,15 +318,18 @@ def _set(edit, region, weight, bias):
 
 def _take_out(edit, region, x):
     graph, operation, node = edit.graph, region.operation, region.node
+    weight = edit.attribute(operation.weight)
+    if region.codes is not None:
+        weight.meta.pop("made", None)
     region.y.replace_all_uses_with(node) if region.y is not node else None
     node.meta.pop("live", None)
     args = list(node.args)
     args[operation.x] = x
     if operation.chain:
         first = operation.chain[0]
-        first.args = (edit.attribute(operation.weight), *first.args[1:])
+        first.args = (weight, *first.args[1:])
     else:
-        args[operation.w] = edit.attribute(operation.weight)
+        args[operation.w] = weight
     if operation.bias is not None:
         args[operation.b] = edit.attribute(operation.bias)
     elif operation.weight in edit.report.biases:
@@ -292,6 +339,7 @@ def _take_out(edit, region, x):
     for made in reversed(region.made):
         if not made.users:
             graph.fx.erase_node(made)
-    for read in region.reads:
-        if not read.users and "made" in read.meta:
+    above = _above(region.codes) if region.codes is not None and not region.codes._erased else ()
+    for read in (*sorted(above, reverse=True), *region.reads):
+        if not read._erased and not read.users and "made" in read.meta:
             graph.fx.erase_node(read)

@@ -1,7 +1,10 @@
 """Fusing: each occurrence of an op's reference becomes one node, whose target carries the reference.
 
-A node made here remembers in `meta["fused"]` the names of the captured nodes that it stands for.
+A node made here remembers in `meta["fused"]` the names of the captured nodes that it stands for, and in `meta["apart"]` how to take it apart again.
 """
+
+from torch import fx
+from torch.utils import _pytree as pytree
 
 from . import graph as g
 from .errors import Refused
@@ -23,7 +26,7 @@ def fuse(edit, ops):
         captured = tuple(n.name for n in (*occurrence.inner, root) if "made" not in n.meta)
         with graph.fx.inserting_before(root):
             node = graph.fx.call_function(occurrence.op.overload, occurrence.args)
-        node.meta = {**near.meta, "made": edit.kind, "role": f"made.{edit.kind}", "fused": captured, "val": root.meta["val"]}
+        node.meta = {**near.meta, "made": edit.kind, "role": f"made.{edit.kind}", "fused": captured, "val": root.meta["val"], "apart": _apart(occurrence)}
         root.replace_all_uses_with(node)
         gone = (root, *sorted(occurrence.inner, reverse=True))
         asked = dict.fromkeys(a for old in gone for a in old.all_input_nodes if a.target is g.dtype_of)
@@ -40,6 +43,44 @@ def fuse(edit, ops):
         shown = "\n".join(f"{path}: {reason}" for path, reason in edit.declined[:5])
         raise Refused(f"{edit.step.place}: {edit.kind}: nothing to fuse.\n{shown}\nLeave the pass out.")
     return sites
+
+
+def _apart(occurrence):
+    """The nodes of an occurrence in order, as (name, target, args, kwargs, meta), where "%i" is the i-th argument of the op and a name a node before.
+
+    None where they read anything else: then they cannot be put back.
+    """
+    outer = {arg: f"%{i}" for i, arg in reversed(list(enumerate(occurrence.args))) if isinstance(arg, fx.Node)}
+    inner = (*sorted(occurrence.inner), occurrence.root)
+    read = dict.fromkeys(n for node in inner for n in node.all_input_nodes if n not in inner and n not in outer)
+    if any(n.target is not g.dtype_of for n in read):
+        return None
+    named = lambda value: fx.node.map_arg(value, lambda n: _Named(outer.get(n, n.name)))  # noqa: E731
+    first = next(iter(reversed(outer.values())))
+    dtypes = tuple((n.name, n.target, (_Named(outer.get(n.args[0], first)),), {}, n.meta) for n in read)
+    return (*dtypes, *((n.name, n.target, named(n.args), named(n.kwargs), n.meta) for n in inner))
+
+
+class _Named(str):
+    """The name of a node in arguments of which others are plain text."""
+
+
+def unfuse(edit):
+    """Take the fused nodes of a graph apart into what they stand for."""
+    graph = edit.graph
+    fused = [node for node in graph.nodes if node.meta.get("apart")]
+    for node in fused:
+        env = {f"%{i}": arg for i, arg in enumerate(node.args)}
+        read = lambda value: pytree.tree_map(lambda leaf: env[leaf] if isinstance(leaf, _Named) else leaf, value)  # noqa: B023, E731
+        with graph.fx.inserting_before(node):
+            for name, target, args, kwargs, meta in node.meta["apart"]:
+                made = env[name] = graph.fx.create_node("call_function", target, tuple(read(args)), dict(read(kwargs)), name)
+                made.meta = dict(meta)
+        node.replace_all_uses_with(made)
+        graph.fx.erase_node(node)
+    if fused:
+        edit.by_name = {node.name: node for node in graph.nodes}
+        edit.restructured = True
 
 
 def _left(graph, reasons):

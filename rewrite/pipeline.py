@@ -70,15 +70,16 @@ def live_of(graph, spec, report, base):
     return live
 
 
-def merge(live, *, partial=False):
+def merge(live, *, partial=False, dequantize=False):
     """A live model in which everything that the passes added is folded into the base weights; `live` stays as it is.
 
-    partial: leave in place what cannot be folded (an adapter with an activation, a gate) instead of refusing. Raises Refused with the reasons.
+    partial: leave in place what cannot be folded (an adapter with an activation, a gate) instead of refusing. dequantize: a weight in codes that
+    something was added to becomes numbers again. Raises Refused with the reasons.
     """
     if live.graph is None:
         raise Refused("merge: this live model has left its graph behind (it was unpickled). Use save(live, folder) and load(model, folder) instead of pickle.")
     graph, report = live.graph.copy(), copy.deepcopy(live.report)
-    (step,) = Spec.parse({"passes": [{"pass": "merge", "partial": partial}]}).passes
+    (step,) = Spec.parse({"passes": [{"pass": "merge", "partial": partial, "dequantize": dequantize}]}).passes
     step = dataclasses.replace(step, place="merge(live)")
     _apply_steps(graph, (step,), live.spec.seed, report)
     return live_of(graph, dataclasses.replace(live.spec, passes=(*live.spec.passes, step)), report, live._base)
@@ -174,7 +175,7 @@ class Work:
 def _refuse_fused(step, graphs):
     """Where operations are fused their sites are no longer there for a step to find. The whole model still is."""
     fused = next((node for graph in graphs for node in graph.nodes if "fused" in node.meta), None)
-    if fused is not None and not (step.where == "model" and hasattr(step.options, "apply")):
+    if fused is not None and not step.options.unfuses and not (step.where == "model" and hasattr(step.options, "apply")):
         op = fused.target._schema.name.partition("::")[2]
         raise Refused(f"{step.place}: {step.method}: {op} stands where it would look for linears. Fuse last: leave fuse out before it, or put it behind.")
 

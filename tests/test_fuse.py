@@ -10,7 +10,7 @@ from rewrite.kernels.lora_linear import lora_linear
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from rewrite import Refused, export_onnx, export_program, load, merge, pipeline, rewrite, save, source
+from rewrite import Refused, export_onnx, export_program, load, merge, pipeline, rewrite, save, show, source
 from rewrite.occurrence import occurrences, patterns
 
 X, W, B, DOWN, UP = torch.randn(3, 5), torch.randn(7, 5), torch.randn(7), torch.randn(2, 5), torch.randn(7, 2)
@@ -147,7 +147,6 @@ def test_over_codes():
         ([FUSE], "no pass before it has added anything"),
         ([{"pass": "ia3"}, FUSE], "nothing to fuse"),
         ([LORA, FUSE, {"pass": "ia3"}], "Fuse last"),
-        ([LORA, FUSE, {"pass": "merge"}], "Fuse last"),
         ([LORA, FUSE, {"pass": "unfreeze", "where": "attention.q"}], "Fuse last"),
     ],
 )
@@ -156,9 +155,17 @@ def test_refusals(steps, reason):
         gated(*steps)
 
 
-def test_merging_a_fused_model_says_what_to_do():
-    with pytest.raises(Refused, match="leave fuse out"):
-        merge(gated(LORA, FUSE))
+def test_merging_takes_what_is_fused_apart():
+    live = wake(gated(LORA, FUSE))
+    merged, plain = merge(live), gated()
+    close(reference=TOYS["gated"].output(live), result=TOYS["gated"].output(merged), drift=rounding(torch.float32))
+    rejects(reference=TOYS["gated"].output(live), result=TOYS["gated"].output(model_of("gated")), drift=rounding(torch.float32))
+    assert not fused(merged) and fused(live) and not merged.report.made
+    for ours, theirs in zip(merged.graph.all(), plain.graph.all(), strict=True):
+        assert show(ours) == show(theirs)
+    steps = [LORA, {"pass": "adapter", "where": "mlp", "bottleneck": 3}, FUSE]
+    live = wake(gated(*steps))
+    close(reference=TOYS["gated"].output(live), result=TOYS["gated"].output(merge(live, partial=True)), drift=rounding(torch.float32))
 
 
 def test_comes_back_and_goes_out(tmp_path):

@@ -222,7 +222,7 @@ def test_a_fused_projection_is_one_weight():
         ([{"pass": "dora", "where": "linear", "rank": 2}, NF4], "dora stands in the place of its weight"),
         ([{**NF4, "where": "embed"}], "rows of its weight are looked up one by one"),
         ([NF4, {"pass": "unfreeze", "where": "attention.q"}], "stored in codes"),
-        ([NF4, LORA, {"pass": "merge"}], "stored as torch.uint8, not as numbers"),
+        ([NF4, LORA, {"pass": "merge"}], 'stored as torch.uint8, not as numbers.*Say "dequantize": true'),
     ],
 )
 def test_refusals(steps, reason):
@@ -255,6 +255,31 @@ def test_onnx_has_the_numbers_made_from_codes(tmp_path):
         assert report.error < 1e-4
         files[name] = report.bytes
     assert files["int8"] < 0.5 * files["float"] and files["nf4"] < 0.35 * files["float"]
+
+
+@pytest.mark.parametrize("form", [NF4, INT8], ids=["nf4", "int8"])
+@pytest.mark.parametrize("added", [LORA, {"pass": "dora", "where": "linear", "rank": 2}], ids=["lora", "dora"])
+def test_merged_into_the_numbers_of_the_codes(form, added, tmp_path):
+    adapted = {**added, "where": ["attention.{q,v}", "mlp.down"]}
+    live, model = gated([{**form, "where": "linear"}, adapted]), model_of("gated")
+    wake(live)
+    merged = merge(live, dequantize=True)
+    close(reference=TOYS["gated"].output(live), result=TOYS["gated"].output(merged), drift=rounding(torch.float32))
+    there = {path for path in model.state_dict() if path.endswith(("q_proj.weight", "v_proj.weight", "down_proj.weight"))}
+    assert live.report.released.keys() - merged.report.released.keys() == there and there <= merged.report.folded <= model.state_dict().keys()
+    assert all("mlp.up" in path or "o_proj" in path or "k_proj" in path or "gate" in path or "head" in path for path in merged.report.made)  # these keep their codes
+    path = "model.layers.1.mlp.down_proj"
+    if added is LORA:
+        one = rewrite(model, {"passes": [{**form, "where": "linear"}]})
+        node = next(n for n in one.graph.nodes if n.meta.get("stands_for") == f"{path}.weight")
+        numbers = node.target(*(tensor_of(one, a.target) if isinstance(a, torch.fx.Node) and a.op == "get_attr" else a if not isinstance(a, torch.fx.Node) else torch.float32 for a in node.args))
+        low = live.get_submodule(path).lora.default
+        wanted = (numbers.double() + LORA.get("alpha", 16) / LORA["rank"] * low.up.double() @ low.down.double()).float()
+        close(reference=wanted, result=merged.get_parameter(f"{path}.weight"), drift=1e-6)
+        rejects(reference=numbers, result=merged.get_parameter(f"{path}.weight"), drift=1e-6)
+    again = load(model, save(merged, tmp_path / "merged"))
+    close(reference=TOYS["gated"].output(merged), result=TOYS["gated"].output(again), drift=0.0)
+    assert not any(name in merged.state_dict() for name in live.state_dict() if f"{path}." in name)
 
 
 # ---- pissa ---------------------------------------------------------------------------------------------------------------
