@@ -24,6 +24,7 @@ aot: $(VENV)/installed-test
 	TRITON_DEFAULT_FP_FUSION=1 $(VENV)/bin/python tests/aot.py
 	$(VENV)/bin/python tests/aot_codes.py
 	$(VENV)/bin/python tests/aot_few_rows.py
+	$(VENV)/bin/python tests/aot_grouped.py
 
 clean:
 	rm -rf $(VENV) demo-out examples/out
