@@ -194,7 +194,7 @@ def shallow(module):
     twin.__dict__.pop("forward", None)  # an instance attribute left by a tracer would run the original code
     for name, value in module.__dict__.items():
         if name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set") or ("_hooks" in name and isinstance(value, dict)):
-            twin.__dict__[name] = _copy.copy(value)
+            twin.__dict__[name] = value.copy()  # dicts and a set
     return twin
 
 

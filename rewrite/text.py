@@ -4,6 +4,7 @@
 """
 
 import difflib
+import functools
 
 import torch
 from torch import fx
@@ -20,9 +21,14 @@ def _target(node):
     return getattr(target, "__name__", str(target))
 
 
+@functools.lru_cache(4096)
+def _size(expression):
+    return str(expression)
+
+
 def _type(value):
     if isinstance(value, torch.Tensor):
-        return f"({', '.join(str(g.expression(s)) for s in value.shape)})"
+        return f"({', '.join(_size(g.expression(s)) for s in value.shape)})"
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(_type(v) for v in value)}]"
     return ""

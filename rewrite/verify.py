@@ -79,14 +79,22 @@ def constants_exist(graph, record):
 
 def shapes_agree(graph, record):
     """Running each op on the fake values of its arguments gives the fake value that it carries (once per distinct op and shapes)."""
-    mode = graph.fake_mode
+    mode, told = graph.fake_mode, {}
+
+    def signature_of(value):  # sites share their values
+        if isinstance(value, torch.Tensor):
+            if id(value) not in told:
+                told[id(value)] = signature(value)
+            return told[id(value)]
+        return tuple(map(signature_of, value)) if isinstance(value, (list, tuple)) else signature(value)
+
     for node in graph.nodes:
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
         if "made" not in node.meta and not any("made" in n.meta for n in node.all_input_nodes):
             continue  # as it was captured
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
-        key = (node.target, signature(args), tuple((k, signature(v)) for k, v in kwargs.items()))
+        key = (node.target, signature_of(args), tuple((k, signature_of(v)) for k, v in kwargs.items()))
         try:
             found = record.known.get(key)
         except TypeError:
@@ -100,7 +108,7 @@ def shapes_agree(graph, record):
             except (RuntimeError, TypeError, ValueError, IndexError) as error:
                 return f"{line(node)}: {str(error).splitlines()[0]}"
             record.known[key] = found
-        wanted = signature(node.meta.get("val"))
+        wanted = signature_of(node.meta.get("val"))
         if found != wanted and _at_hint(found, mode) != _at_hint(wanted, mode):
             return f"%{node.name} gives {found}, its users were written for {wanted}"
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..graph import clone_tree
 
@@ -43,7 +44,7 @@ def twin(model):
     configs = {}
     for module in clone.modules():
         config = module.__dict__.get("config")
-        if config is not None:
+        if config is not None and not hasattr(config, "to_dict"):  # those that have it are the clone's own
             module.__dict__["config"] = copy.deepcopy(config, configs)
     for module in clone.modules():
         module.__dict__["training"] = False
@@ -122,10 +123,49 @@ def _map(function, value):
     return value
 
 
+class _Once(TorchDispatchMode):
+    """On the meta device the shape of what an op gives follows from the shapes that it takes: each question is asked once, however many blocks ask it."""
+
+    def __init__(self):
+        super().__init__()
+        self.known, self.fresh = {}, {}
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if op not in self.fresh:
+            returned = op._schema.returns
+            self.fresh[op] = bool(returned) and all(str(value.type) == "Tensor" for value in returned) and not any(a.alias_info for a in (*op._schema.arguments, *returned))
+        key = _question((args, tuple(kwargs.items()))) if self.fresh[op] else None
+        if key is None:
+            return op(*args, **kwargs)
+        made = self.known.get((op, key))
+        if made is None:
+            result = op(*args, **kwargs)
+            tensors = result if isinstance(result, tuple) else (result,)
+            if all(type(tensor) is torch.Tensor and tensor.is_meta for tensor in tensors):
+                self.known[op, key] = type(result), [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
+            return result
+        kind, shapes = made
+        tensors = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in shapes]
+        return tuple(tensors) if kind is tuple else tensors[0]
+
+
+def _question(value):
+    """What an op on the meta device is given, as something to look it up by; None where that is more than shapes and constants."""
+    if isinstance(value, torch.Tensor):
+        return (value.shape, value.stride(), value.dtype) if value.is_meta and type(value) in (torch.Tensor, nn.Parameter) else None
+    if isinstance(value, (tuple, list)):
+        parts = tuple(map(_question, value))
+        return None if None in parts else parts
+    return type(value), repr(value)
+
+
 def _on_meta(module, clone, kwargs):
-    clone._apply(lambda t: t.to("meta"))
+    if not all(tensor.is_meta for tensor in (*clone.parameters(), *clone.buffers())):
+        clone._apply(lambda t: t.to("meta"))
     kwargs = _map(lambda t: t.to("meta"), kwargs)
-    return module(**kwargs), kwargs
+    with _Once():
+        return module(**kwargs), kwargs
 
 
 def _on_fakes(module, clone, kwargs):

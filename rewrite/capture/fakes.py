@@ -1,6 +1,7 @@
 """A model without its values: fake tensors in place of its own, symbols in place of the sizes of its inputs, randomness of its own."""
 
 import contextlib
+import gc
 import random
 import sys
 
@@ -8,6 +9,7 @@ import numpy
 import torch
 from torch import nn
 from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
@@ -71,9 +73,9 @@ def fake_tree(model, fake_mode, cast):
         if value is None:
             return None
         if id(value) not in fakes:
-            with fake_mode:
-                fake = torch.empty_strided(value.shape, value.stride(), dtype=cast(value.dtype), device=_device(value))
-                fakes[id(value)] = nn.Parameter(fake, False) if isinstance(value, nn.Parameter) else fake
+            bare = torch.empty_strided(value.shape, value.stride(), dtype=cast(value.dtype), device="meta")
+            fakes[id(value)] = fake = FakeTensor(fake_mode, bare, _device(value))  # as the mode makes it, without its questions: there are many
+            fake._is_param = isinstance(value, nn.Parameter)
             paths[id(fakes[id(value)])] = path
         return fakes[id(value)]
 
@@ -90,6 +92,18 @@ def fake_tree(model, fake_mode, cast):
         return twin
 
     return own_configs(visit(model, "")), paths
+
+
+@contextlib.contextmanager
+def uncollected():
+    """No search for garbage inside: a capture makes many objects that stay, and would be searched again and again with all that is loaded."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 @contextlib.contextmanager

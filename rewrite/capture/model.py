@@ -21,13 +21,16 @@ from ..calls.variants import Variant, variants
 from ..errors import Refused
 from ..graph import Check, Graph, attribute, clone_tree, has_attribute, install, select
 from .align import Alignment, Misaligned
+from .fakes import uncollected
 from .reads import Merge, read_devices
 from .tidy import named_arguments, set_argument, tidy
 from .trace import CannotTrace, trace
 
 _ATTEMPTS = 24
+_NUMBER = re.compile(r"_\d+$")
 
 
+@uncollected()
 def capture(model, example=None, *, generation=True, stamp=True):
     """Capture a model → its main Graph ("forward"), the others under `.variants`.
 
@@ -362,7 +365,7 @@ def _flags_by_analogy(graph, main):
     known = dict(keyed(main.fx.nodes))
     for key, node in list(keyed(graph.nodes)):
         twin = known.get(key)
-        if twin is None:
+        if twin is None or not any(n.target is select or (n.op == "get_attr" and n.target.endswith("training")) for n in twin.all_input_nodes):
             continue
         for name, value in named_arguments(twin).items():
             is_flag = isinstance(value, fx.Node) and value.op == "get_attr" and value.target.endswith("training")
@@ -416,8 +419,8 @@ def in_order(graph):
             env[node] = made.placeholder(node.meta["leaf"].replace(".", "_"))
             env[node].meta = _meta(node) | {"leaf": node.meta["leaf"], "path": ""}
             continue
-        given = fx.map_arg(node.args, get), fx.map_arg(node.kwargs, get)
-        name = re.sub(r"_\d+$", "", node.name) if node.op == "call_function" else None  # counted anew, without what was taken out
+        given = fx.map_arg(node.args, get), fx.map_arg(node.kwargs, get) if node.kwargs else {}
+        name = _NUMBER.sub("", node.name) if node.op == "call_function" else None  # counted anew, without what was taken out
         env[node] = made.create_node(node.op, node.target, *given, name=name)
         env[node].meta = _meta(node)
     return made

@@ -31,6 +31,7 @@ _POSITIONS |= {target: (0, 1, 2, target) for target in _CONVOLUTIONS}
 _TURNS = {aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default}
 _SAME = {aten.alias.default, aten.detach.default, aten.contiguous.default, aten.to.dtype, aten.to.device, aten.clone.default}
 _GATHERS = {aten.index.Tensor, aten.index_select.default}
+_WAY = _TURNS | _SAME | _GATHERS
 
 
 def _positions(target):
@@ -86,7 +87,7 @@ class Operation:
             return None
         x, w, b, bare = found
         chain, source = [], node.args[w]
-        while isinstance(source, fx.Node) and source.op == "call_function" and "stands_for" not in source.meta and source.target in _TURNS | _SAME | _GATHERS:
+        while isinstance(source, fx.Node) and source.op == "call_function" and "stands_for" not in source.meta and source.target in _WAY:
             chain.append(source)
             source = source.args[0]
         weight = _stored_path(source)
