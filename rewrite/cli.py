@@ -91,10 +91,10 @@ def apply(
 def roles(model: Shape):
     """List what a spec's "where" can pick in a model. No weights are read."""
     from .capture.model import capture
-    from .roles.find import roles as find
+    from .roles.find import everywhere
     from .store.pretrained import pretrained
 
-    found = find(capture(pretrained(model, weights=False)))
+    found = everywhere(capture(pretrained(model, weights=False), generation=False))
     _print(found)
     if not sys.stdout.isatty():
         print(f"\n{found.summary()}")

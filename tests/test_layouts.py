@@ -6,8 +6,8 @@ import functools
 import pytest
 import torch
 import transformers as T
-from models import GROUPED, SIZES, SPECIAL
 from checks import close, rejects, rounding
+from models import GROUPED, SIZES, SPECIAL
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

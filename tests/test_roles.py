@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from rewrite.capture.model import capture
 from rewrite.graph import Graph, shape
 from rewrite.roles.find import Rows, roles
-from rewrite.roles.where import ROLES
+from rewrite.roles.where import ROLES, select
 from tests.models import FAMILIES, GROUPED, SIZES, SPECIAL, build, captured
 
 
@@ -351,7 +351,15 @@ def test_summary_and_table():
 
     console = rich.console.Console(width=160, record=True, file=open("/dev/null", "w"))
     console.print(found.table())
-    assert "model.layers.1.mlp.down_proj" in console.export_text()
+    assert "model.layers.{0..1}.mlp.down_proj" in console.export_text()
+
+
+def test_sites_that_differ_by_their_block_alone_are_one_line():
+    lines = str(roles(captured("gemma3"))).splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("mlp.up ")] == ["model.layers.{0..1}.mlp.up_proj"]
+    (q,) = (line for line in str(roles(captured("clip"))).splitlines() if "text_model" in line and line.startswith("attention.q"))
+    found = select(roles(captured("clip")), {"path": q.split()[1], "expect": 2})  # the name is a path that `where` takes
+    assert {site.role for site in found} == {"attention.q"}
 
 
 class Deep(nn.Module):

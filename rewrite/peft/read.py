@@ -23,7 +23,7 @@ from ..edit.reading import names_of
 from ..errors import Refused, SpecError
 from ..graph import attribute
 from ..pipeline import rewritten
-from ..roles.find import roles
+from ..roles.find import everywhere
 from ..roles.where import parse as parse_where
 from ..spec.parse import Spec, read_json
 from ..store.fingerprint import fingerprint, stored_tensors
@@ -201,7 +201,7 @@ class _Found:
     """The sites of a graph, and how a `where` picks some of them."""
 
     def __init__(self, graph):
-        self.sites = [site for part in graph.all() if part is graph or part.is_inner for site in roles(part)]
+        self.sites = everywhere(graph)
         self.whole = defaultdict(list)
         for site in self.sites:
             if site.operation is not None and site.layout.rows is None:

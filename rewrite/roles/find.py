@@ -18,7 +18,7 @@ from .lookups import find_lookups
 from .norms import find_norms
 from .site import Layout, Roles, Rows, Site
 
-__all__ = ["Layout", "Roles", "Rows", "Site", "roles"]
+__all__ = ["Layout", "Roles", "Rows", "Site", "everywhere", "roles"]
 
 _FUSED = {"qkv": {"q", "k", "v"}, "kv": {"k", "v"}, "gate_up": {"gate", "up"}}
 
@@ -34,6 +34,12 @@ def roles(model_or_graph, example=None):
     survey = _Survey(graph)
     sites = survey.sites()
     return Roles(_inner(sites) if graph.is_inner else sites, survey.positions(sites))
+
+
+def everywhere(graph):
+    """The sites of a graph, and those of the leaf modules inside its opaque ones."""
+    main = roles(graph)
+    return Roles((*main, *(site for part in graph.variants.values() if part.is_inner for site in roles(part))), main.positions)
 
 
 def _inner(sites):

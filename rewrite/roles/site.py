@@ -180,21 +180,46 @@ class Roles:
             lines.append(name + (f" ×{count}" if count > 1 else ""))
         return ", ".join(lines)
 
+    def folded(self):
+        """`(name, sites)`: sites that differ by the number of their block alone stand together, as `layers.{0..3}.mlp.up_proj`."""
+        groups = {}
+        for site in self.sites:
+            stem, _, number = (site.block or "").rpartition(".")
+            inside = number.isdigit() and site.name.startswith(f"{site.block}")
+            pattern = (f"{stem}.", site.name.removeprefix(site.block)) if inside else (site.name, "")
+            w = site.handles.get("w")
+            groups.setdefault((site.roles, pattern, w is not None and tuple(w.meta["val"].shape), str(site.layout)), []).append((int(number) if inside else None, site))
+        return [(_spread(*pattern, [number for number, _ in group]), [site for _, site in group]) for (_, pattern, *_), group in groups.items()]
+
     def table(self):
-        """A rich table: role, site, block, shape of the weight, layout."""
+        """A rich table: role, sites, what else they are found by, shape of the weight, layout."""
         from rich.table import Table
 
         table = Table("role", "site", "also", "weight", "layout", title=self.summary(), title_justify="left")
-        for site in self.sites:
+        for name, (site, *_) in self.folded():
             w = site.handles.get("w")
-            also = " ".join(name for name in site.roles if name != site.role)
-            table.add_row(site.role, site.name, also, "×".join(map(str, w.meta["val"].shape)) if w is not None else "", str(site.layout))
+            table.add_row(site.role, name, " ".join(site.roles[1:]), "×".join(map(str, w.meta["val"].shape)) if w is not None else "", str(site.layout))
         return table
 
     def __str__(self):
-        rows = [(site.role, site.name, str(site.layout)) for site in self.sites]
+        rows = [(site.role, name, str(site.layout), " ".join(role for role in site.roles[1:] if role not in ("linear", "conv"))) for name, (site, *_) in self.folded()]
+        rows = [(role, name, layout, also and f"also {also}") for role, name, layout, also in rows]
         wide = [max(map(len, column), default=0) for column in zip(*rows)]
         return "\n".join(" ".join(cell.ljust(w) for cell, w in zip(row, wide)).rstrip() for row in rows)
+
+
+def _spread(stem, rest, numbers):
+    """`layers.{0..2,4}.mlp`: the numbers of blocks between the two parts of a path."""
+    if numbers[0] is None:
+        return stem
+    runs = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    text = ",".join(str(first) if first == last else f"{first}..{last}" for first, last in runs)
+    return f"{stem}{{{text}}}{rest}" if len(numbers) > 1 else f"{stem}{text}{rest}"
 
 
 _KINDS = ("attention", "mlp", "router", "expert", "mixer", "linear", "conv", "embed", "norm", "head")
