@@ -277,4 +277,5 @@ def registered(y, x, down, up, slot, mask, scale):
 
 
 grouped_lora = Op(reference, launch, fake).differentiates(_keep, _backward)
+grouped_lora.dispatched = True  # a batch traces its bodies after dispatch, and `fuse` looks for what stands there then
 grouped_lora.definition.register_kernel(("cpu", "cuda"))(registered)

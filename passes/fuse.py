@@ -8,6 +8,10 @@
     -->
     y = linear_nf4(x, codes, scales, nested, b)
 
+    y = where(mask, vmap(lora)(y, x, down[slot], up[slot]), y)        what a batch makes of lora, for all adapters of one rank
+    -->
+    y = grouped_lora(y, x, down, up, slot, mask, scale)
+
 Nothing changes but the order of roundings: sums are made in one op, which keeps less for backward. What stays as it is, and why, is in the
 report. Put it last: other passes look for what it has replaced.
 """
@@ -15,6 +19,7 @@ report. Put it last: other passes look for what it has replaced.
 from dataclasses import dataclass
 
 import torch
+from rewrite.kernels.grouped_lora import grouped_lora
 from rewrite.kernels.linear_fp4 import linear_fp4
 from rewrite.kernels.linear_fp8 import linear_fp8
 from rewrite.kernels.linear_int4 import linear_int4
@@ -46,6 +51,7 @@ def ops():
     linear = {"x": new(3, 6), "b": new(7)}
     whole = {**linear, "codes": new(7, 6, dtype=torch.uint8), "scales": new(7, 1, dtype=torch.int32)}
     table = {**linear, "codes": new(21, dtype=torch.uint8), "scales": new(1, dtype=torch.int32), "nested": new(2, dtype=torch.int32), "shape": [7, 6]}
+    rows = {"y": new(3, 4, 7), "x": new(3, 4, 6)}
     return [
         (lora_linear, {**linear, "w": new(7, 6), "down": new(2, 6), "up": new(7, 2)}),
         (linear_int8, {**whole, "codes": new(7, 6, dtype=torch.int8)}),
@@ -53,4 +59,5 @@ def ops():
         (linear_nf4, table),
         (linear_fp4, table),
         (linear_fp8, whole),
+        (grouped_lora, {**rows, "down": new(5, 2, 6), "up": new(5, 7, 2), "slot": new(3, dtype=torch.int64), "mask": new(3, dtype=torch.bool)}),
     ]

@@ -3,12 +3,18 @@
 A node made here remembers in `meta["fused"]` the names of the captured nodes that it stands for, and in `meta["apart"]` how to take it apart again.
 """
 
+from dataclasses import replace
+
+import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
 from . import graph as g
 from .errors import Refused
 from .occurrence import occurrences, patterns
+
+#: what nodes ask of a value at hand, and an op asks itself
+ASKED = (g.dtype_of, torch.ops.aten.sym_size.int)
 
 
 def fuse(edit, ops):
@@ -19,8 +25,9 @@ def fuse(edit, ops):
     graph = edit.graph
     variants = edit.memo.setdefault(("patterns", edit.step.place), [p for op, values in ops for p in patterns(op, values)])
     found, reasons = occurrences(graph.fx, variants)
-    sites = []
+    sites, fused = [], {}
     for occurrence in found:
+        occurrence = replace(occurrence, args=tuple(fused.get(arg, arg) if isinstance(arg, fx.Node) else arg for arg in occurrence.args))
         root = occurrence.root
         near = next((n for n in (root, *occurrence.inner) if "site" in n.meta), root)
         captured = tuple(n.name for n in (*occurrence.inner, root) if "made" not in n.meta)
@@ -28,12 +35,13 @@ def fuse(edit, ops):
             node = graph.fx.call_function(occurrence.op.overload, occurrence.args)
         node.meta = {**near.meta, "made": edit.kind, "role": f"made.{edit.kind}", "fused": captured, "val": root.meta["val"], "apart": _apart(occurrence)}
         root.replace_all_uses_with(node)
+        fused[root] = node
         gone = (root, *sorted(occurrence.inner, reverse=True))
-        asked = dict.fromkeys(a for old in gone for a in old.all_input_nodes if a.target is g.dtype_of)
+        asked = dict.fromkeys(a for old in gone for a in old.all_input_nodes if a.target in ASKED)
         for old in gone:
             graph.fx.erase_node(old)
-        for old in asked:  # the op asks its x
-            if not old.users:
+        for old in asked:
+            if not old.users and old not in gone:
                 graph.fx.erase_node(old)
         sites.append((near.meta.get("site", near.meta.get("path", "")), occurrence.op.name))
     edit.by_name = {node.name: node for node in graph.nodes}
@@ -53,11 +61,11 @@ def _apart(occurrence):
     outer = {arg: f"%{i}" for i, arg in reversed(list(enumerate(occurrence.args))) if isinstance(arg, fx.Node)}
     inner = (*sorted(occurrence.inner), occurrence.root)
     read = dict.fromkeys(n for node in inner for n in node.all_input_nodes if n not in inner and n not in outer)
-    if any(n.target is not g.dtype_of for n in read):
+    if any(n.target not in ASKED or (n.target is not g.dtype_of and n.args[0] not in outer) for n in read):
         return None
     named = lambda value: fx.node.map_arg(value, lambda n: _Named(outer.get(n, n.name)))  # noqa: E731
     first = next(iter(reversed(outer.values())))
-    dtypes = tuple((n.name, n.target, (_Named(outer.get(n.args[0], first)),), {}, n.meta) for n in read)
+    dtypes = tuple((n.name, n.target, (_Named(outer.get(n.args[0], first)), *n.args[1:]), {}, n.meta) for n in read)
     return (*dtypes, *((n.name, n.target, named(n.args), named(n.kwargs), n.meta) for n in inner))
 
 

@@ -4,7 +4,7 @@
     graph:              %add = add(%linear, %mul)  …                                 -->  Occurrence(%add, (x, w, b, down, up, 8.0))
 
 No language of patterns: a reference is traced once for each variant (with a bias and without), its literals stand for whatever number or list of
-sizes the graph has there, its dtype for that of its x, sums and products are tried both ways. A part may not hold a value that is used outside of
+sizes the graph has there, its dtype for that of its x, the sizes of views for whatever sizes stand there throughout, sums and products are tried both ways. A part may not hold a value that is used outside of
 it. One look at each node, in graph order.
 """
 
@@ -17,9 +17,11 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .graph import dtype_of
+from .graph import dtype_of, expression
 
 COMMUTES = {torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor}
+#: what they make of their first argument is said by the two shapes
+SHAPES = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.expand.default, torch.ops.aten.reshape.default}
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +73,7 @@ def patterns(op, values):
         def call(*given):
             return op.reference(**dict(zip(tensors, given)), **dict.fromkeys(absent), **numbers, **sizes)  # noqa: B023
 
-        graph = make_fx(call, pre_dispatch=True)(*tensors.values()).graph
+        graph = make_fx(call, pre_dispatch=not getattr(op, "dispatched", False))(*tensors.values()).graph
         placeholders = [n for n in graph.nodes if n.op == "placeholder"]
         root = next(iter(reversed(graph.nodes))).args[0]
         found.append(Pattern(op, root, dict(zip(placeholders, tensors)), literals, names))
@@ -108,6 +110,8 @@ def _match(pattern, root):
     values = {pattern.names[p]: node for p, node in bound.items() if p in pattern.names} | {name: bound[number] for number, name in pattern.literals.items() if number in bound}
     inner = tuple(node for p, node in bound.items() if isinstance(p, fx.Node) and p not in pattern.names and node is not root)
     inside = {root, *inner}
+    sizes = tuple(user for node in inner for user in node.users if user.target is torch.ops.aten.sym_size.int and inside.issuperset(user.users))
+    inner, inside = (*inner, *sizes), inside.union(sizes)
     for node in inner:
         other = next((user for user in node.users if user not in inside), None)
         if other is not None:
@@ -151,6 +155,8 @@ def _agree(pattern, wanted, node, bound):
         return {**bound, wanted: node}
     if node.op != "call_function" or node.target is not wanted.target:
         raise Differs(f"%{node.name} stands in place of {wanted.target}", len(bound))
+    if wanted.target in SHAPES:
+        return _same_sizes(wanted, node, _agree(pattern, wanted.args[0], node.args[0], {**bound, wanted: node}))
     args, kwargs = _bare(node)
     theirs, named = _bare(wanted)
     if len(args) != len(theirs) or kwargs or named:
@@ -165,6 +171,17 @@ def _agree(pattern, wanted, node, bound):
         except Differs as reason:
             nearest = reason if nearest is None or reason.depth > nearest.depth else nearest
     raise nearest
+
+
+def _same_sizes(wanted, node, bound):
+    """A view is the same where each size of the pattern, before and after it, stands for one size of the graph throughout; 1 for itself."""
+    for ours, given in ((wanted.args[0], node.args[0]), (wanted, node)):
+        shape, other = ours.meta["val"].shape, given.meta["val"].shape
+        for size, found in zip(shape, other):
+            known = bound.setdefault(("size", int(size)), 1 if size == 1 else expression(found))
+            if len(shape) != len(other) or known != expression(found):
+                raise Differs(f"%{node.name} lays its numbers out in another way", len(bound))
+    return bound
 
 
 def _bare(node):

@@ -9,9 +9,13 @@ import grouped as cases
 import pytest
 import torch
 from aot import fault
+from checks import captured, close, rejects, rounding
 from interpreted import error
 from rewrite.kernels import grouped_lora as k
+from test_formats import even
 from test_kernels import allowed
+
+from rewrite import pipeline, rewrite
 
 CASES = cases.CASES
 
@@ -89,3 +93,30 @@ def test_triton_bodies_under_the_interpreter():
 def test_default_tiles_compile_for_hopper(launch, backward):
     found = aot_grouped.compiled(90, launch, "bf16", backward=backward)
     assert fault(90, found) is None, fault(90, found)
+
+
+# ---- the pass ------------------------------------------------------------------------------------------------------------
+
+
+def test_fuse_finds_it_in_a_batch(monkeypatch):
+    """Adapters of one rank are one op, those of another the next, which reads what the first gives."""
+    monkeypatch.setattr(pipeline, "capture", captured)
+    lora = lambda rank: {"pass": "lora", "where": "attention.{q,v}", "rank": rank}  # noqa: E731
+    batch = {"batch": {"a": [lora(4)], "b": [lora(4)], "c": [lora(2)]}}
+    plain, live = (rewrite(even(), {"passes": [batch, *steps]}) for steps in ([], [{"pass": "fuse"}]))
+    assert sum(node.target is k.grouped_lora.overload for node in live.graph.nodes) == 4 and not any("bmm" in str(node.target) for node in live.graph.nodes)
+    for model in (plain, live):
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in sorted(model.named_parameters()):
+            if ".lora." in name:
+                parameter.data.normal_(generator=generator).mul_(0.1)
+    ids, rows = torch.randint(0, 30, (5, 6)), torch.tensor([0, 2, -1, 1, 0])
+    reference, result = (model(input_ids=ids, adapter_ids=rows).logits for model in (plain, live))
+    close(reference=reference, result=result, drift=rounding(torch.float32))
+    rejects(reference=reference, result=live(input_ids=ids, adapter_ids=rows.flip(0)).logits, drift=rounding(torch.float32))
+    close(reference=even()(input_ids=ids[2:3]).logits, result=result[2:3], drift=rounding(torch.float32))
+    for model, logits in ((plain, reference), (live, result)):
+        logits.square().mean().backward()
+    for name, parameter in plain.named_parameters():
+        if parameter.requires_grad:
+            close(reference=parameter.grad, result=live.get_parameter(name).grad, drift=rounding(torch.float32))
