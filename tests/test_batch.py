@@ -27,6 +27,9 @@ ONE = {
     "vera": [{"pass": "vera", "where": "attention.{q,v}", "rank": 5}],
     "compacter": [{"pass": "compacter", "bottleneck": 8, "n": 2}],
     "prefix_tuning": [{"pass": "prefix_tuning", "length": 4}],
+    "inner": [{"pass": "prefix_tuning", "length": 3, "inner": 6}],
+    "p_tuning_v2": [{"pass": "p_tuning_v2", "length": 3}],
+    "prompt_tuning": [{"pass": "prompt_tuning", "length": 3}],
     "dropout": [{"pass": "lora", "where": "mlp.down", "rank": 4, "dropout": 0.5}],
 }
 
@@ -51,14 +54,22 @@ def entries(live, adapter):
     return {own: tensor_of(live, path)[list(of).index(adapter)] for path, of in live.report.stacked.items() for name, own in of.items() if name == adapter}
 
 
+_SINGLES = {}
+
+
 def by_itself(model, live, adapter, example=None):
-    """The model with that adapter alone, holding its tensors of the batch."""
-    single = rewrite(model, alone(live.spec, adapter), example)
+    """The model with that adapter alone, holding its tensors of the batch. Adapters that are alike share one model, so use it before the next."""
+    spec = alone(live.spec, adapter)
+    key = (id(model), spec.to_json().replace(f'"{adapter}"', '""'))
+    if key not in _SINGLES:
+        _SINGLES[key] = model, rewrite(model, spec, example)
+    single = _SINGLES[key][1]
     mine = entries(live, adapter)
     assert mine.keys() == {path for path in single.report.made} | single.report.trains
     with torch.no_grad():
         for path, value in mine.items():
             tensor_of(single, path).copy_(value)
+    single.zero_grad()
     return single.eval()
 
 
@@ -76,6 +87,11 @@ def double(family):
 def rewritten(family, method, count):
     names = [f"a{i}" for i in range(count)]
     return awake(rewrite(double(family), batch_of({name: ONE[method] for name in names}))).eval()
+
+
+@functools.cache
+def mixed(family):
+    return awake(rewrite(double(family), batch_of(MIXED))).eval()
 
 
 def ids_of(rows, length=7):
@@ -103,7 +119,7 @@ MIXED = {"lo": ONE["lora"], "do": ONE["dora"], "ad": [*ONE["adapter"], *ONE["ia3
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_different_methods_in_one_batch(family):
-    live = awake(rewrite(double(family), batch_of(MIXED))).eval()
+    live = mixed(family)
     given, chosen = example(family, batch=6), torch.tensor([4, 2, 0, 3, -1, 1])
     logits = live(**given, adapter_ids=chosen).logits
     for row, number in enumerate(chosen.tolist()):
@@ -115,7 +131,7 @@ def test_different_methods_in_one_batch(family):
 
 @pytest.mark.parametrize("beams", [1, 2])
 def test_generate(beams):
-    live = awake(rewrite(double("llama"), batch_of(MIXED))).eval()
+    live = mixed("llama")
     ids, chosen = ids_of(4), torch.tensor([1, 3, -1, 0])
     asked = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False, num_beams=beams, return_dict_in_generate=True, output_logits=True, output_scores=True)
 
@@ -146,7 +162,7 @@ def test_an_encoder_decoder():
 
 @pytest.mark.parametrize("adapters", [{name: ONE["lora"] for name in ("a", "b", "c")}, MIXED], ids=["alike", "mixed"])
 def test_each_adapter_gets_the_gradients_of_its_rows(adapters):
-    live = awake(rewrite(double("llama"), batch_of(adapters))).eval()
+    live = mixed("llama") if adapters is MIXED else awake(rewrite(double("llama"), batch_of(adapters))).eval()
     ids, chosen = ids_of(7), torch.tensor([1, 0, 1, -1, 2, 0, 0])
     losses = lambda logits, ids: F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")  # noqa: E731
     losses(live(input_ids=ids, adapter_ids=chosen).logits, ids).backward()
@@ -265,17 +281,24 @@ def test_ids_are_asked_for_and_looked_at():
     for wrong, words in [({}, "adapter_ids is missing"), ({"adapter_ids": torch.tensor([0, 3])}, "adapter_ids holds 3; its entries are -1 to 2"), ({"adapter_ids": torch.tensor([0, -2])}, "adapter_ids holds -2")]:
         with pytest.raises(Refused, match=words):
             live(input_ids=ids, **wrong)
+    chosen = torch.tensor([0, 1])
+    live(input_ids=ids, adapter_ids=chosen)
+    chosen[1] = 3  # looked at again when it has been written to
+    with pytest.raises(Refused, match="adapter_ids holds 3"):
+        live(input_ids=ids, adapter_ids=chosen)
 
 
 def test_what_has_other_rows_is_refused():
     with pytest.raises(Refused, match="its rows are tokens sorted by expert, not those of the batch"):
         rewrite(build("mixtral"), batch_of({"fr": [{"pass": "lora", "where": "expert.up", "rank": 2}]}))
-    with pytest.raises(SpecError, match="puts tokens in front of the model.s own, in all rows alike"):
-        rewrite(build("llama"), batch_of({"fr": [{"pass": "prompt_tuning", "length": 3}]}))
+    with pytest.raises(Refused, match="padded on the left, which a model must be told by a mask and by positions"):
+        rewrite(double("bert"), batch_of({"fr": [{"pass": "prompt_tuning", "length": 3}]}))
+    with pytest.raises(Refused, match="tokens that stand in front and are changed further on"):
+        rewrite(double("llama"), batch_of({"fr": [{"pass": "prefix_propagation", "length": 3}]}))
     with pytest.raises(Refused, match="one value of positions serves all rows here"):
         rewrite(double("bert"), batch_of({"fr": [{"pass": "prefix_tuning", "length": 3, "shift": True}]}))
     with pytest.raises(Refused, match="an embedding with other weights for each row"):
-        rewrite(build("gpt2"), batch_of({"fr": [{"pass": "lora", "where": "embed.position", "rank": 2}]}))
+        rewrite(double("gpt2"), batch_of({"fr": [{"pass": "lora", "where": "embed.position", "rank": 2}]}))
     with pytest.raises(Refused, match="an earlier step of 'fr' has replaced the weight"):
         rewrite(double("llama"), batch_of({"fr": [*ONE["dora"], *ONE["hira"]]}))
 
@@ -311,8 +334,8 @@ def test_convolutions():
 
 def test_saved_and_exported(tmp_path):
     spec = batch_of({"fr": ONE["lora"], "de": ONE["dora"], "it": ONE["bitfit"]})
-    live = awake(rewrite(build("llama"), spec)).eval()
-    again = load(build("llama"), save(live, tmp_path / "saved"))
+    live = awake(rewrite(double("llama"), spec)).eval()
+    again = load(double("llama"), save(live, tmp_path / "saved"))
     ids, chosen = ids_of(4), torch.tensor([0, 1, 2, -1])
     close(reference=live(input_ids=ids, adapter_ids=chosen).logits, result=again(input_ids=ids, adapter_ids=chosen).logits, drift=0.0)
     report = export_onnx(live, tmp_path / "live.onnx")
@@ -336,11 +359,12 @@ def test_the_toys_too():
 
 PREFIXED = {"lo": ONE["lora"], "ia": ONE["ia3"], "ad": ONE["adapter"], "pr": ONE["prefix_tuning"]}
 TWO = {"fr": ONE["prefix_tuning"], "de": [{"pass": "prefix_tuning", "length": 2}], "it": ONE["prefix_tuning"]}
+PROMPTED = {"p3": ONE["prompt_tuning"], "lo": [*ONE["lora"], {"pass": "prompt_tuning", "length": 5}], "ia": ONE["ia3"], "p4": ONE["prompt_tuning"]}
 
 
 @functools.cache
 def prefixed(*names, family="llama"):
-    return awake(rewrite(double(family), batch_of({name: {**PREFIXED, **TWO}[name] for name in names}))).eval()
+    return awake(rewrite(double(family), batch_of({name: {**PREFIXED, **TWO, **PROMPTED}[name] for name in names}))).eval()
 
 
 def padded(rows, length=7):
@@ -376,7 +400,19 @@ def test_rows_see_their_own_prefix(adapters, monkeypatch):
             rejects(reference=wanted[:, kept], result=broken[row : row + 1][:, kept], drift=EXACT)
 
 
-@pytest.mark.parametrize("adapters", [PREFIXED, TWO], ids=["methods", "lengths"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_rows_have_their_own_prompt(family):
+    live, given, chosen = prefixed(*PROMPTED, family=family), padded(5), torch.tensor([1, 0, -1, 2, 3])
+    logits, broken = live(**given, adapter_ids=chosen).logits, live(**given, adapter_ids=torch.tensor([0, 3, 0, -1, 0])).logits
+    assert logits.shape[1] == 7 and live.model.embed_tokens.prompt_tuning.p3_p4.prompt.shape[:2] == (2, 3) if family == "llama" else True
+    for row, number in enumerate(chosen.tolist()):
+        single = double(family) if number < 0 else by_itself(double(family), live, [*PROMPTED][number])
+        wanted, kept = single(**row_of(given, row)).logits, given["attention_mask"][row].bool()
+        close(reference=wanted[:, kept], result=logits[row : row + 1][:, kept], drift=EXACT)
+        rejects(reference=wanted[:, kept], result=broken[row : row + 1][:, kept], drift=EXACT)
+
+
+@pytest.mark.parametrize("adapters", [PREFIXED, TWO, PROMPTED], ids=["methods", "lengths", "prompts"])
 def test_prefixes_generate(adapters):
     live, given, chosen = prefixed(*adapters), padded(4), torch.tensor([len(adapters) - 1, -1, 1, 0])
     asked = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True)
@@ -388,7 +424,7 @@ def test_prefixes_generate(adapters):
     rejects(reference=together, result=found(live, **given, adapter_ids=chosen.roll(1)), drift=1e-6)
 
 
-@pytest.mark.parametrize("adapters", [PREFIXED, TWO], ids=["methods", "lengths"])
+@pytest.mark.parametrize("adapters", [PREFIXED, TWO, PROMPTED], ids=["methods", "lengths", "prompts"])
 def test_prefixes_get_the_gradients_of_their_rows(adapters):
     live, ids, chosen = prefixed(*adapters), ids_of(5), torch.tensor([1, len(adapters) - 1, 1, -1, 0])
     loss = lambda logits, ids: F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")  # noqa: E731

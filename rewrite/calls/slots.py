@@ -64,7 +64,7 @@ class Slot:
     or symbol) of its shape; derived: (dimension, Formula) where a dimension follows from others. words: symbol → "batch", "length", ….
     default: "ones", "zeros", "positions" (from `start` on, of which `front` places are no tokens of the caller's), a number, or None where it
     must be given, "label" where a loss asks for it. unused: the graph never reads it, so nothing is asked of it. values: the integers that it
-    may hold; looked at where that waits for no device. counted: positions count what the attention mask lets through.
+    may hold; looked at once for each tensor, since reading one that is on a GPU waits for it. counted: positions count what the attention mask lets through.
     """
 
     name: str
@@ -120,7 +120,7 @@ class Slot:
                 )
         if value.dtype is not self.dtype:
             value = self._cast(value, what)
-        if self.values is not None and value.device.type == "cpu" and not torch.compiler.is_compiling():
+        if self.values is not None and not torch.compiler.is_compiling():
             self._refuse_strangers(value, what)
         return value
 
@@ -131,8 +131,16 @@ class Slot:
         return value[0]
 
     def _refuse_strangers(self, value, what):
+        """Refuse numbers that are none of `values`: on any device, once for each tensor and again when it has been written to, so that of the calls
+        of a `generate` only the first one waits. Where nothing can be waited for (compiled code, a CUDA graph) the lookup itself fails."""
+        version = None if value.is_inference() else value._version
+        seen = getattr(value, "_looked_at", None)
+        if value.device.type == "meta" or (seen is not None and seen == (self.values, version)) or (value.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
         known = self.values
         strange = value[(value < known.start) | (value >= known.stop)]
+        if version is not None:
+            value._looked_at = (known, version) if not len(strange) else None
         if len(strange):
             raise Refused(f"{what}: {self.name} holds {strange[0].item()}; its entries are {known.start} to {known.stop - 1}, one for each row of the batch.")
 

@@ -31,6 +31,15 @@ class Members:
     def adapters(self):
         return tuple(self.names[number] for number in self.numbers)
 
+    def parted(self, step):
+        """A step of these members as one for those of each set of options."""
+        groups = {}
+        for number, own in zip(self.numbers, self.steps):
+            groups.setdefault(repr(own.options), []).append((number, own))
+        for group in groups.values():
+            members = Members(self.names, tuple(number for number, _ in group), tuple(own for _, own in group))
+            yield dataclasses.replace(group[0][1], name=_joined(group[0][1].name, members.adapters), members=members, place=step.place)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -55,7 +64,8 @@ class Batch:
         waiting = [list(steps) for _, steps in self.adapters]
         found = []
         while any(waiting):
-            first = next(steps[0] for steps in waiting if steps)
+            heads = [steps[0] for steps in waiting if steps]
+            first = next((step for step in heads if not step.options.lengthens), heads[0])  # all that put tokens in front do so at once
             numbers = tuple(i for i, steps in enumerate(waiting) if steps and _are_alike(steps[0], first))
             members = Members(self.names, numbers, tuple(waiting[i].pop(0) for i in numbers))
             found.append(dataclasses.replace(first, name=_joined(first.name, members.adapters), members=members))
@@ -63,7 +73,8 @@ class Batch:
 
 
 def _are_alike(one, other):
-    return type(one.options) is type(other.options) and one == other
+    """Can one step serve both? Tokens in front may be as many as each adapter likes: the rows of the others are padded."""
+    return type(one.options) is type(other.options) and (one == other or (one.options.lengthens and dataclasses.replace(one, options=other.options) == other))
 
 
 def _joined(name, adapters):
@@ -105,8 +116,6 @@ def _misplaced(step):
         return "a form cannot stand in a batch; write its steps one after the other."
     if hasattr(step.options, "apply"):
         return f"{step.method} changes the model for all rows alike. Write it before or after the batch."
-    if step.options.lengthens:
-        return f"{step.method} puts tokens in front of the model's own, in all rows alike. Write it before or after the batch."
     if step.options.mixes():
         return f"{step.method} mixes what other passes make, which rows with an adapter each have none of."
     if step.options.unstacked():

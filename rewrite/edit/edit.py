@@ -54,6 +54,7 @@ class Edit(Reading):
         self.caches = [node for name, node in zip(graph.inputs, graph.placeholders) if name.startswith(f"{CACHE}.")]
 
     seeing = None  # the rows of a batch that see places put in front of keys and values; None: all
+    lengths, choosing = None, frozenset()  # how many tokens stand in front of each row's own; None: as many in all. The nodes that pick each row's
 
     @property
     def top(self):

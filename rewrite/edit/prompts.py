@@ -6,6 +6,9 @@ Every input that is as long as the ids is lengthened at the top of the graph, so
 positions by those in front, token types by zeros, labels by what a loss ignores. What comes out is cut again. A graph behind a cache or behind
 an encoder finds the tokens there already: only its masks and positions are lengthened. A decoder's first call, with an empty cache, is a graph
 of its own ("first").
+
+In a batch of several adapters each row has its own number of tokens in front, none at all where its adapter has no prompt. All rows get as many
+places, and what is too many is padding on the left: the mask hides it, positions count behind it.
 """
 
 import sympy
@@ -41,7 +44,7 @@ def insert(edit, site, paths):
         raise Refused(f'{place}: tokens stand in front of the model\'s own already. One prompt is put in front of one embedding; narrow "where" to it, or give one prompt the length of both.')
     current, new, own = edit.make(site, "output", paths)
     symbol, places = _growth(current, new, place)
-    if any(n.op != "get_attr" and n not in own and n is not current for node in own for n in node.all_input_nodes):
+    if any(n.op != "get_attr" and n not in own and n is not current and n not in edit.choosing for node in own for n in node.all_input_nodes):
         raise Refused(f"{place}: what stands in front may be made of new tensors and the embeddings alone.")
     before, tokens = list(graph.nodes), current.meta["val"]
     _lengthen(edit, site, symbol, places, place)
@@ -87,6 +90,11 @@ def _growth(current, new, place):
 
 def _lengthen(edit, site, symbol, places, place):
     graph, kinds = edit.graph, _kinds(edit.graph)
+    if edit.lengths is not None and not {"ones", "positions"} <= {kinds.get(name) for name, node in zip(graph.inputs, graph.placeholders) if node.users}:
+        raise Refused(
+            f"{place}: in a batch rows with fewer tokens in front are padded on the left, which a model must be told by a mask and by positions; this one counts its tokens itself.\n"
+            "Write the prompt before the batch, for all rows, or give the adapters another method (prefix_tuning)."
+        )
     ids = _root(site.handles["ids"], place)
     for name, node in zip(graph.inputs, graph.placeholders):
         axes = [axis for axis, size in enumerate(g.shape(node)) if not isinstance(size, int) and symbol in size.free_symbols]
@@ -97,7 +105,8 @@ def _lengthen(edit, site, symbol, places, place):
         if axes != [1] or node.meta["val"].dim() != 2 or kind is None:
             raise Refused(f"{place}: the input {name!r} is as long as the tokens, and it is not known what it says of tokens put in front.")
         fill = {"ones": 1, "label": IGNORED, "ids": _plain_id(graph)}.get(kind, 0)
-        _use(edit, site.path, node, users, _positions(places) if kind == "positions" else _filled(places, fill), (kind, places, fill), place)
+        beyond = {"ones": 0, "ids": getattr(getattr(graph.root, "config", None), "pad_token_id", None)}.get(kind)
+        _use(edit, site.path, node, users, _positions(places) if kind == "positions" else _filled(places, fill, beyond), (kind, places, fill), place)
 
 
 def _root(ids, place):
@@ -108,17 +117,36 @@ def _root(ids, place):
     return ids
 
 
-def _filled(places, fill):
-    return lambda value: torch.cat([value.new_full((value.shape[0], places), fill), value], 1)
+def _filled(places, fill, beyond=None):
+    """Places in front, of `fill`; in a batch, of `beyond` (None: the same) where a row has no tokens there."""
+
+    def run(value, lengths=None):
+        front = value.new_full((value.shape[0], places), fill)
+        if lengths is not None and beyond is not None:
+            front = torch.where(_counted(lengths, places) >= 0, front, beyond)
+        return torch.cat([front, value], 1)
+
+    return run
 
 
 def _positions(places):
-    return lambda value: torch.cat([torch.arange(places, device=value.device).to(value.dtype).expand(value.shape[0], -1), value + places], 1)
+    def run(value, lengths=None):
+        if lengths is None:
+            return torch.cat([torch.arange(places, device=value.device).to(value.dtype).expand(value.shape[0], -1), value + places], 1)
+        return torch.cat([_counted(lengths, places).clamp(min=0).to(value.dtype), value + lengths.unsqueeze(1).to(value.dtype)], 1)
+
+    return run
+
+
+def _counted(lengths, places):
+    """The places in front of each row, counted from its own first one: those before it are below zero."""
+    return torch.arange(places, device=lengths.device) + lengths.unsqueeze(1) - places
 
 
 def _use(edit, path, node, users, function, what, place):
-    """Let the users of an input read what a function makes of it."""
-    new = paste(edit, node, ("input", node.name, what), function, [node], ("", path), place)
+    """Let the users of an input read what a function makes of it, and of how many tokens stand in front of each row."""
+    inputs = [node] if edit.lengths is None else [node, edit.lengths]
+    new = paste(edit, inputs[-1], ("input", node.name, what), function, inputs, ("", path), place)
     node.meta["live"] = new.name
     for user in users:
         user.replace_input_with(node, new)
@@ -193,10 +221,10 @@ def _behind(edit, length, places):
         if name.startswith((f"{CACHE}.", "encoder_outputs.")) or kind not in ("ones", "positions") or not users:
             continue
         if kind == "positions" and graph.name == "past":
-            _use(edit, "", node, users, lambda value: value + places, ("behind", places), place)
+            _use(edit, "", node, users, lambda value, lengths=None: value + (places if lengths is None else lengths.unsqueeze(1).to(value.dtype)), ("behind", places), place)
         elif kind == "ones" and any(not isinstance(size, int) and length in size.free_symbols for size in g.shape(node)):
             before = set(graph.nodes) - {node}
-            _use(edit, "", node, users, _filled(places, 1), ("ones", places), place)
+            _use(edit, "", node, users, _filled(places, 1, 0), ("ones", places), place)
             for made in graph.nodes:
                 if made not in before:
                     made.meta["val"] = _resized(made.meta.get("val"), {length: length - places}, edit.fake_mode)

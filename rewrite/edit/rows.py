@@ -22,8 +22,9 @@ from ..training.hooks import Held
 from .batch import IDS
 from .body import Body, signature
 from .edit import Edit
-from .lengthen import growth, lengthen
+from .lengthen import growth, lengthen, paste
 from .operation import _SAME
+from .prompts import insert
 from .reading import names_of
 from .tensors import NewTensors, Seen, _tensor
 
@@ -40,7 +41,7 @@ class RowsEdit(Edit):
         self.members = self.step.members
         self.new = Stacked(self)
         self.batch = added.batch_of(self.graph)
-        self._chosen = None
+        self._chosen = self._parts = None
 
     # ---- which rows ---------------------------------------------------------------------------------------------------------
     @property
@@ -52,7 +53,7 @@ class RowsEdit(Edit):
             if self.report.inputs.setdefault(IDS, wanted) != wanted:
                 raise Refused(f"{self.step.place}: another pass has an input {IDS!r} of its own.")
             ids = added.add(self.graph, self.graphs, IDS, wanted, self.step.place)
-            key = (self.step.place, IDS, self.fake_mode, signature(ids.meta["val"]))
+            key = (self.step.place, IDS, self.members.numbers, self.fake_mode, signature(ids.meta["val"]))
             if key not in self.memo:
                 self.memo[key] = self._body(lambda ids, training: _slot_and_mask(ids, self.members), [ids.meta["val"]], self.step.place)
             with self.graph.fx.inserting_before(self.top):
@@ -65,6 +66,53 @@ class RowsEdit(Edit):
         """The rows that see places put in front of keys and values: those of the step's adapters."""
         return self.chosen[1]
 
+    # ---- tokens in front ----------------------------------------------------------------------------------------------------
+    @property
+    def parts(self):
+        """An Edit for the members of each set of options: how many tokens stand in front may differ."""
+        if self._parts is None:
+            self._parts = [RowsEdit(self.graph, self.sites, self.graphs, step, self.seed, self.report, self.memo, self.aside) for step in self.members.parted(self.step)]
+            for part in self._parts:
+                part.by_name, part.attributes = self.by_name, self.attributes
+        return self._parts
+
+    @property
+    def choosing(self):
+        return {node for part in self.parts for node in part.chosen}
+
+    @property
+    def lengths(self):
+        """How many tokens stand in front of each row's own."""
+        masks, each = [part.chosen[1] for part in self.parts], self.memo["in front", self.step.place]
+        return paste(self, max(masks), ("lengths", each), lambda *masks: sum(mask * length for mask, length in zip(masks, each)), masks, ("", ""), self.step.place)
+
+    def make(self, site, noun, paths):
+        """As for all rows alike, of a noun that puts tokens in front: as many as the longest of the adapters has, zeros in front of shorter ones."""
+        place, current, before = f"{self.kind} at {site.path}", self.handle(site, "y"), set(self.graph.nodes)
+        made = []
+        for part in self.parts:
+            own = part.new.of(site)
+            made.append(part._row_value(site, noun, getattr(part.step.options, noun), {**paths, **own})[1])
+        each = tuple(int(g.shape(value)[1] - g.shape(current)[1]) for value in made)
+        self.memo["in front", self.step.place] = each
+
+        def joined(current, *given):
+            longest = max(each)
+            whole = _padded(current, longest)
+            for value, mask, length in zip(given, given[len(each) :], each):
+                whole = torch.where(mask.view(-1, 1, 1), _padded(value, longest - length), whole)
+            return whole
+
+        new = made[0]
+        if len(each) > 1:
+            new = paste(self, max(made), ("joined", each), joined, [current, *made, *(part.chosen[1] for part in self.parts)], (site.owner, site.path), place)
+        return current, new, {n for n in self.graph.nodes if n not in before and n.op == "call_function" and not self._picks(n)}
+
+    def _picks(self, node):
+        """Is a node one of those that make `slot` and `mask`?"""
+        return "site" not in node.meta
+
+    # ---- which rows a value has -----------------------------------------------------------------------------------------------
     def rows(self, node):
         """ "rows" where the first axis of a node's value is the batch, "flat" where it is batch × something, row after row; None else."""
         value = node.meta.get("val") if node is not None else None
@@ -96,6 +144,10 @@ class RowsEdit(Edit):
     def reason(self, site, sites):
         """Why the pass declines a site here, or None."""
         operation = self.operation(site)
+        if self.step.options.lengthens and "ids" not in site.handles:
+            return "tokens that stand in front and are changed further on are those of all rows. Write the pass before or after the batch"
+        if self.step.options.lengthens and len(self.parts) > 1:
+            return next((why for part in self.parts if (why := part.reason(site, sites)) is not None), None)
         if operation is not None and operation.kind == "experts":
             return "its rows are tokens sorted by expert, not those of the batch"
         why = super().reason(site, sites)
@@ -121,10 +173,13 @@ class RowsEdit(Edit):
 
     # ---- nouns --------------------------------------------------------------------------------------------------------------
     def apply(self, site, shared, last=False):
-        own = self.new.of(site)
+        own = self.new.of(site) if not self.step.options.lengthens else {}
         paths = {**shared, **own}
         for name in self._trained(site):
             self._copied(site, name)
+        if self.step.options.lengthens:
+            insert(self, site, shared)
+            return
         longer = {noun: self._rowwise(site, noun, getattr(self.step.options, noun), paths) for noun in self.step.options.nouns()}
         if any(longer.values()):
             lengthen(self, site, longer)
@@ -145,9 +200,28 @@ class RowsEdit(Edit):
 
     def _rowwise(self, site, noun, function, paths):
         """One noun at one site for the rows of its adapters; `function` None: the value is the tensor `copy`. Returns by how many places it is longer."""
-        target, place = REPLACES[noun], f"{self.kind} at {site.path}"
+        target = REPLACES[noun]
         if self.handle(site, target) is None or (noun == "positions" and self.counted):
             return 0
+        current, new, own = self._row_value(site, noun, function, paths)
+        if new is current:
+            return 0
+        if target not in ("w", "b"):
+            self._replace(site, target, current, new, own)
+            self.counted |= noun == "positions"
+            return growth(site, target, current, new)
+        for user in [user for user in current.users if user not in own]:
+            user.replace_input_with(current, new)
+        base = self._operation_node(site)
+        base.meta["rows"] = new.name
+        base.meta.setdefault("live", new.name)
+        if base.meta["live"] == current.name:
+            base.meta["live"] = new.name
+        return 0
+
+    def _row_value(self, site, noun, function, paths):
+        """(the value that a noun replaces, its new one, the nodes that make it)."""
+        target, place = REPLACES[noun], f"{self.kind} at {site.path}"
         deep = target in ("w", "b")  # then it is the operation's own value that is replaced, beneath what earlier steps made of it
         self._refuse_stale_weight(site, target, function, place)
         current = self._own_value(site) if deep else self.handle(site, target)
@@ -186,20 +260,7 @@ class RowsEdit(Edit):
         with self.graph.fx.inserting_before(before):
             new, own = self.bodies[key].paste(self.graph.fx, inputs, flag, {"path": site.owner, "made": self.kind, "role": f"made.{self.kind}", "site": site.path})
         self.by_name.update((n.name, n) for n in own)
-        if new is current:
-            return 0
-        if not deep:
-            self._replace(site, target, current, new, own)
-            self.counted |= noun == "positions"
-            return growth(site, target, current, new)
-        for user in [user for user in current.users if user not in own]:
-            user.replace_input_with(current, new)
-        base = self._operation_node(site)
-        base.meta["rows"] = new.name
-        base.meta.setdefault("live", new.name)
-        if base.meta["live"] == current.name:
-            base.meta["live"] = new.name
-        return 0
+        return current, new, own
 
     def _operation_node(self, site):
         operation = self.operation(site)
@@ -237,6 +298,11 @@ def _slot_and_mask(ids, members):
     for number in others:
         slot, mask = slot + (known >= number), mask | (known == number)
     return slot, mask
+
+
+def _padded(value, places):
+    """Zeros in front of (batch, length, features)."""
+    return torch.cat([value.new_zeros(value.shape[0], places, value.shape[2]), value], 1) if places else value
 
 
 def _by_row(value, batch):
@@ -315,9 +381,9 @@ class _Rows:
         return chosen.view(whole[name].shape) if self.kinds[self.names.index(name)] == "flat" else chosen.squeeze(1)
 
     def as_long(self, current, new):
-        """Keys or values with zeros where others have places in front, which their rows do not see."""
+        """Keys, values or embeddings with zeros where others have places in front, which their rows do not see."""
         axis = -1 if self.target in self.site.layout.turned else -2
-        if self.target not in ("k", "v") or new.dim() != current.dim():
+        if (self.target not in ("k", "v") and not self.edit.step.options.lengthens) or new.dim() != current.dim():
             return current
         places = g.expression(new.shape[axis]) - g.expression(current.shape[axis])
         if not getattr(places, "is_number", True) or places <= 0:
