@@ -147,14 +147,15 @@ def test_generate(beams):
 
 
 def test_an_encoder_decoder():
-    adapters = {"fr": [{"pass": "lora", "rank": 3}], "de": [{"pass": "hira", "where": "attention.{q,v}", "rank": 3}]}
+    prompt = {"pass": "prompt_tuning", "where": {"role": "embed", "path": "encoder.**"}, "length": 3}
+    adapters = {"fr": [{"pass": "lora", "rank": 3}], "de": [{"pass": "hira", "where": "attention.{q,v}", "rank": 3}], "es": [prompt]}
     live = awake(rewrite(double("t5"), batch_of(adapters))).eval()
-    given, chosen = example("t5", batch=3), torch.tensor([1, -1, 0])
+    given, chosen = example("t5", batch=4), torch.tensor([1, -1, 0, 2])
     logits = live(**given, adapter_ids=chosen, use_cache=True).logits
-    for row, name in enumerate(("de", None, "fr")):
+    for row, name in enumerate(("de", None, "fr", "es")):
         single = by_itself(double("t5"), live, name) if name else double("t5")
         close(reference=single(**{k: v[row : row + 1] for k, v in given.items()}).logits, result=logits[row : row + 1], drift=EXACT)
-    assert live.generate(given["input_ids"], adapter_ids=chosen, num_beams=2, max_new_tokens=3).shape[0] == 3
+    assert live.generate(given["input_ids"], adapter_ids=chosen, num_beams=2, max_new_tokens=3).shape[0] == 4
 
 
 # ---- training -------------------------------------------------------------------------------------------------------------
@@ -291,8 +292,8 @@ def test_ids_are_asked_for_and_looked_at():
 def test_what_has_other_rows_is_refused():
     with pytest.raises(Refused, match="its rows are tokens sorted by expert, not those of the batch"):
         rewrite(build("mixtral"), batch_of({"fr": [{"pass": "lora", "where": "expert.up", "rank": 2}]}))
-    with pytest.raises(Refused, match="padded on the left, which a model must be told by a mask and by positions"):
-        rewrite(double("bert"), batch_of({"fr": [{"pass": "prompt_tuning", "length": 3}]}))
+    with pytest.raises(Refused, match="padded, which a model must be told by an attention mask, and this one takes none"):
+        rewrite(model_of("looped"), batch_of({"fr": [{"pass": "prompt_tuning", "length": 3}]}), TOYS["looped"].inputs(3, 7))
     with pytest.raises(Refused, match="tokens that stand in front and are changed further on"):
         rewrite(double("llama"), batch_of({"fr": [{"pass": "prefix_propagation", "length": 3}]}))
     with pytest.raises(Refused, match="one value of positions serves all rows here"):
@@ -334,8 +335,9 @@ def test_convolutions():
 
 def test_saved_and_exported(tmp_path):
     spec = batch_of({"fr": ONE["lora"], "de": ONE["dora"], "it": ONE["bitfit"]})
-    live = awake(rewrite(double("llama"), spec)).eval()
-    again = load(double("llama"), save(live, tmp_path / "saved"))
+    base = build("llama")
+    live = awake(rewrite(base, spec)).eval()
+    again = load(base, save(live, tmp_path / "saved"))
     ids, chosen = ids_of(4), torch.tensor([0, 1, 2, -1])
     close(reference=live(input_ids=ids, adapter_ids=chosen).logits, result=again(input_ids=ids, adapter_ids=chosen).logits, drift=0.0)
     report = export_onnx(live, tmp_path / "live.onnx")
@@ -400,16 +402,21 @@ def test_rows_see_their_own_prefix(adapters, monkeypatch):
             rejects(reference=wanted[:, kept], result=broken[row : row + 1][:, kept], drift=EXACT)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_rows_have_their_own_prompt(family):
+    """Decoders are padded in front, by positions; an encoder that looks at its first token, behind."""
     live, given, chosen = prefixed(*PROMPTED, family=family), padded(5), torch.tensor([1, 0, -1, 2, 3])
+    if family == "bert":
+        given["attention_mask"] = given["attention_mask"].flip(1)
     logits, broken = live(**given, adapter_ids=chosen).logits, live(**given, adapter_ids=torch.tensor([0, 3, 0, -1, 0])).logits
-    assert logits.shape[1] == 7 and live.model.embed_tokens.prompt_tuning.p3_p4.prompt.shape[:2] == (2, 3) if family == "llama" else True
+    assert {tuple(tensor_of(live, path).shape[:2]) for path in live.report.made if "prompt_tuning" in path} == {(2, 3), (1, 5)}
     for row, number in enumerate(chosen.tolist()):
         single = double(family) if number < 0 else by_itself(double(family), live, [*PROMPTED][number])
-        wanted, kept = single(**row_of(given, row)).logits, given["attention_mask"][row].bool()
-        close(reference=wanted[:, kept], result=logits[row : row + 1][:, kept], drift=EXACT)
-        rejects(reference=wanted[:, kept], result=broken[row : row + 1][:, kept], drift=EXACT)
+        wanted, found, other = single(**row_of(given, row)).logits, logits[row : row + 1], broken[row : row + 1]
+        if family != "bert":
+            wanted, found, other = (values[:, given["attention_mask"][row].bool()] for values in (wanted, found, other))
+        close(reference=wanted, result=found, drift=EXACT)
+        rejects(reference=wanted, result=other, drift=EXACT)
 
 
 @pytest.mark.parametrize("adapters", [PREFIXED, TWO, PROMPTED], ids=["methods", "lengths", "prompts"])

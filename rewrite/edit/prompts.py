@@ -8,7 +8,8 @@ an encoder finds the tokens there already: only its masks and positions are leng
 of its own ("first").
 
 In a batch of several adapters each row has its own number of tokens in front, none at all where its adapter has no prompt. All rows get as many
-places, and what is too many is padding on the left: the mask hides it, positions count behind it.
+places, and what is too many is padding that the mask hides: on the left where the model is told its positions, as decoders are; else on the
+right, behind the row's own tokens, so that a model that counts for itself, or looks at its first token, finds what it would find alone.
 """
 
 import sympy
@@ -46,15 +47,19 @@ def insert(edit, site, paths):
     symbol, places = _growth(current, new, place)
     if any(n.op != "get_attr" and n not in own and n is not current and n not in edit.choosing for node in own for n in node.all_input_nodes):
         raise Refused(f"{place}: what stands in front may be made of new tensors and the embeddings alone.")
-    before, tokens = list(graph.nodes), current.meta["val"]
+    tokens, first = current.meta["val"], set(graph.nodes)
+    edit.memo["behind", edit.step.place] = behind = _pads_behind(edit, place)
+    plain = _turned(edit, current, places, -1, site.path, place) if behind else current
+    turns, before = set(graph.nodes) - first, list(graph.nodes)
     _lengthen(edit, site, symbol, places, place)
-    with graph.fx.inserting_after(current):
-        kept = graph.fx.call_function(_SLICE, (current, 1, places, _END))
+    with graph.fx.inserting_after(plain):
+        kept = graph.fx.call_function(_SLICE, (plain, 1, places, _END))
     kept.meta = {**new.meta, "val": tokens, "front": places}
     edit.by_name[kept.name] = kept
     for node in own:
         node.replace_input_with(current, kept)
-    edit._replace(site, "y", current, new, own | {kept})
+    new = _turned(edit, new, places, 1, site.path, place) if behind else new
+    edit._replace(site, "y", current, new, own | turns | {kept})
     for node in before:
         if node not in own and node.op not in ("placeholder", "get_attr"):
             node.meta["val"] = _resized(node.meta.get("val"), {symbol: symbol + places}, edit.fake_mode)
@@ -77,6 +82,34 @@ def stands_in_front(edit, site):
     return False
 
 
+def _pads_behind(edit, place):
+    """Does padding for rows with fewer tokens in front stand behind their own? Refused where it can stand nowhere."""
+    if edit.lengths is None:
+        return False
+    graph = edit.graph
+    told = {_kinds(graph).get(name) for name, node in zip(graph.inputs, graph.placeholders) if node.users}
+    caches = any(part.name == "past" for part in edit.graphs) and not graph.owner and not getattr(graph.signature, "encoder", None)
+    if "ones" not in told or (caches and "positions" not in told):
+        lacks = "an attention mask" if "ones" not in told else "positions"
+        raise Refused(
+            f"{place}: in a batch rows with fewer tokens in front are padded, which a model must be told by {lacks}, and this one takes none.\n"
+            "Write the prompt before the batch, for all rows, or give the adapters another method (prefix_tuning)."
+        )
+    return "positions" not in told
+
+
+def _turn(value, lengths, places, step):
+    """Each row turned so that what is in front of its first token comes behind its last (`step` 1), or back (-1)."""
+    length = value.shape[1]
+    at = (torch.arange(length, device=value.device) + step * (places - lengths.unsqueeze(1))).remainder(length)
+    return value.gather(1, at.view(*at.shape, *[1] * (value.dim() - 2)).expand_as(value))
+
+
+def _turned(edit, node, places, step, path, place):
+    """The node of a value with its rows turned."""
+    return paste(edit, max(node, edit.lengths), ("turned", places, step), lambda value, lengths: _turn(value, lengths, places, step), [node, edit.lengths], ("", path), place)
+
+
 def _growth(current, new, place):
     """(the symbol of the tokens' length, how many are put in front)."""
     before, after = g.shape(current), g.shape(new)
@@ -90,11 +123,6 @@ def _growth(current, new, place):
 
 def _lengthen(edit, site, symbol, places, place):
     graph, kinds = edit.graph, _kinds(edit.graph)
-    if edit.lengths is not None and not {"ones", "positions"} <= {kinds.get(name) for name, node in zip(graph.inputs, graph.placeholders) if node.users}:
-        raise Refused(
-            f"{place}: in a batch rows with fewer tokens in front are padded on the left, which a model must be told by a mask and by positions; this one counts its tokens itself.\n"
-            "Write the prompt before the batch, for all rows, or give the adapters another method (prefix_tuning)."
-        )
     ids = _root(site.handles["ids"], place)
     for name, node in zip(graph.inputs, graph.placeholders):
         axes = [axis for axis, size in enumerate(g.shape(node)) if not isinstance(size, int) and symbol in size.free_symbols]
@@ -138,6 +166,10 @@ def _positions(places):
     return run
 
 
+def _behind_rows(function, places):
+    return lambda value, lengths: _turn(function(value, lengths), lengths, places, 1)
+
+
 def _counted(lengths, places):
     """The places in front of each row, counted from its own first one: those before it are below zero."""
     return torch.arange(places, device=lengths.device) + lengths.unsqueeze(1) - places
@@ -145,7 +177,9 @@ def _counted(lengths, places):
 
 def _use(edit, path, node, users, function, what, place):
     """Let the users of an input read what a function makes of it, and of how many tokens stand in front of each row."""
-    inputs = [node] if edit.lengths is None else [node, edit.lengths]
+    inputs, behind = [node] if edit.lengths is None else [node, edit.lengths], edit.memo.get(("behind", edit.step.place))
+    if behind:
+        function = _behind_rows(function, what[1])
     new = paste(edit, inputs[-1], ("input", node.name, what), function, inputs, ("", path), place)
     node.meta["live"] = new.name
     for user in users:
@@ -176,6 +210,8 @@ def _cut(edit, site, symbol, places, place):
         if axes and not name.startswith(CACHE):
             if axes != [1] or g.shape(out)[1] != symbol + places:
                 raise Refused(f"{place}: the output {name!r} is {g.shape(out)}, and it is not known where in it the tokens put in front are.")
+            if edit.memo["behind", edit.step.place]:
+                out = _turned(edit, out, places, -1, site.path, place)
             with graph.fx.inserting_before(output):
                 cut = graph.fx.call_function(_SLICE, (out, 1, places, _END))
             cut.meta = {"path": "", "made": edit.kind, "role": f"made.{edit.kind}", "site": site.path, "cut": places}
