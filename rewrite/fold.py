@@ -86,6 +86,8 @@ class _Region:
 
     def reason(self, dequantize=False):
         """Why this region does not fold, or None."""
+        if "coded" in self.operation.source.meta:
+            return "its weight came in codes, as the model given stores it: what is added stays beside it"
         if self.outside:
             return f"it also reads %{self.outside[0].name}, which is not its own x"
         if any("front" in node.meta for node in self.nodes):

@@ -21,6 +21,7 @@ from ..calls.variants import Variant, variants
 from ..errors import Refused
 from ..graph import Check, Graph, attribute, clone_tree, has_attribute, install, select
 from .align import Alignment, Misaligned
+from .coded import mark, read_modules
 from .fakes import uncollected
 from .reads import Merge, read_devices
 from .tidy import named_arguments, set_argument, tidy
@@ -35,7 +36,7 @@ def capture(model, example=None, *, generation=True, stamp=True):
     """Capture a model → its main Graph ("forward"), the others under `.variants`.
 
     model: a transformers model, or any nn.Module with `example` (a dict of arguments, or a tuple of them in order). It is not changed:
-    not its mode, its config, its tensors, nor the random state of the process. generation: also capture the calls that `generate` makes
+    not its mode, its config, its tensors, nor the random state of the process. Linears of bitsandbytes in four bits are read as codes. generation: also capture the calls that `generate` makes
     (with a cache; the encoder alone); False spares their time where nothing will be generated.
     stamp: write blocks that are alike down from the first of them instead of running each, so that time hardly grows with depth; a kind of
     block that does something besides is run each time, and a note says what it does. False runs every block.
@@ -47,6 +48,7 @@ def capture(model, example=None, *, generation=True, stamp=True):
             f"{type(model).__name__}: {hooked or 'the model'} runs through accelerate's hooks, which move tensors between devices. "
             "Load the model without a device map, or take them off first: accelerate.hooks.remove_hook_from_module(model, recurse=True)."
         )
+    model = read_modules(model)
     root = clone_tree(model)
     graphs, opaque, trees, captured, inner = [], {}, {}, [], {}
     for variant in variants(model, example)[: None if generation else 1]:
@@ -107,6 +109,7 @@ class _Capture:
         self._install(ours)
         read_devices(ours.graph)
         graph = in_order(ours.graph)
+        mark(graph, self.root)
         called = {node.target for node in graph.nodes if node.op == "call_module"}
         return Graph(
             fx=graph,

@@ -39,6 +39,8 @@ def reason(edit, site):
         return None
     if operation is None:
         return "it has no weight of its own"
+    if "coded" in operation.source.meta:
+        return "its weight came in codes, as the model given stores it, and cannot be made anew"
     if operation.source.op != "get_attr":
         return f"{operation.source.meta.get('made', 'a pass')} stands in the place of its weight, which would be lost. Put {edit.kind} before it, or merge first"
     if options.whole and site.layout.rows is not None:
@@ -46,7 +48,7 @@ def reason(edit, site):
 
 
 def evaluated(edit, node):
-    """The value of a node that passes made of constants alone (a dequantised weight); None where it reads anything else."""
+    """The value of a node that passes, or codes that the model came with, made of constants alone (a dequantised weight); None where it reads anything else."""
     env, todo = {}, [node]
     while todo:
         part = todo[-1]
@@ -54,7 +56,7 @@ def evaluated(edit, node):
             env[part] = g.attribute(edit.graph.root, part.target)
         elif part.target is g.dtype_of:
             env[part] = edit.real_dtype(part.args[0].meta["val"].dtype)
-        elif part.op != "call_function" or "made" not in part.meta:
+        elif part.op != "call_function" or not {"made", "coded"} & part.meta.keys():
             return None
         elif missing := [a for a in part.all_input_nodes if a not in env]:
             todo += missing

@@ -139,12 +139,14 @@ def _stored_rows(flow, node, root):
 def _stored(flow, node, made=False):
     """`(get_attr of the parameter, whether its last two axes are swapped on the way)`; None where the value is no weight.
 
-    With `made`, a weight that is made from several parameters (weight norm) gives the expression itself.
+    With `made`, a weight that is made from several parameters (weight norm) gives the expression itself; so does one that is made of codes.
     """
     if not isinstance(node, fx.Node) or node in flow.content or not is_float(node):
         return None
     top, swaps = node, False
     while node.op != "get_attr":
+        if "stands_for" in node.meta:
+            return node, swaps
         name = flow.name[node]
         if name in ("t", "mT", "numpy_T") or (name == "transpose" and _are_last(node)) or (name == "permute" and _swaps_last(node)):
             swaps = not swaps

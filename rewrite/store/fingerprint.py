@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..capture.coded import read_modules
 from ..errors import Refused
 
 
@@ -148,4 +149,4 @@ class Fingerprint:
 
 def fingerprint(model):
     """The Fingerprint of a model as it is now: made at once, hashed when it is first needed."""
-    return Fingerprint(type(model).__name__, stored_tensors(model))
+    return Fingerprint(type(model).__name__, stored_tensors(read_modules(model)))

@@ -2,6 +2,7 @@
 
     "models/minilm"  ->  BertModel, with its weights
     "llama/config.json"  ->  LlamaForCausalLM on the meta device: shapes, no weights
+    "llama-gptq"  ->  LlamaForCausalLM whose linears hold codes (`quantized`)
 """
 
 import re
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
 
 from ..errors import Refused
+from .quantized import readable
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # what a config or weights that somebody wrote by hand makes transformers raise
@@ -44,6 +46,7 @@ def pretrained(name, *, weights=True):
         except FAILURES as error:
             raise Refused(f"{name}: no {cls.__name__} can be made from its config: {type(error).__name__}: {_first_line(error)}") from error
     _refuse_other_formats(where, name)
+    readable(config, name)
     try:
         model, found = cls.from_pretrained(where, config=config, use_safetensors=True, output_loading_info=True)
     except FAILURES as error:
