@@ -207,12 +207,12 @@ class Judged:
         if names:
             with torch.no_grad():
                 output = self.model(**inputs)
-            labels = Examples(self.model).labels(names, output)
-            try:
-                self.model(**copy.deepcopy(inputs | labels))
-                inputs |= labels
-            except (ValueError, RuntimeError) as failure:  # its logits have places that its labels have not
-                self.found["unlabelled"] = words(failure)
+                labels = Examples(self.model).labels(names, output)
+                try:
+                    self.model(**copy.deepcopy(inputs | labels))
+                    inputs |= labels
+                except (ValueError, RuntimeError) as failure:  # its logits have places that its labels have not
+                    self.found["unlabelled"] = words(failure)
         return inputs | self.uncached
 
     def trains(self):
@@ -223,6 +223,11 @@ class Judged:
         live = copy.deepcopy(self.live)
         try:
             model.train(), live.train()
+            try:
+                seed(7)
+                copy.deepcopy(model)(**copy.deepcopy(inputs))
+            except Exception as failure:  # the original does not train at this shape
+                return f"upstream: {words(failure)}"
             want, got = self._both(inputs, 7, live)
             self.found["loss"] = "loss" in flat(want)
             wrong = difference(want, got) and self._apart(inputs, 8, live)
@@ -261,6 +266,9 @@ class Judged:
         spec = Spec.parse({"passes": [{"pass": "lora", "where": where, "rank": 2, "allow_refusals": True}]})
         try:
             report = apply(graph, spec)
+        except Refused as refusal:
+            self.found.setdefault("refused", []).append(f"lora at {where}: {words(refusal)}")
+            return f"ok: {words(refusal)}"
         except RewriteError as failure:
             return words(failure)
         if not report.applied[0].sites:
@@ -314,7 +322,7 @@ class Judged:
         sizes = _own(self.model) if len(self.found.get("narrowed", ())) == len(SHAPES) else (2, 6)
         inputs = {name: value for name, value in self.at(self.model, *sizes).items() if not name.startswith("decoder_")}
         options = dict(max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
-        cacheless = len(self.found["variants"]) == 1
+        cacheless = not {"past", "next"} & set(self.found["variants"])
         if cacheless:
             options["use_cache"] = False
         with torch.no_grad():
@@ -324,7 +332,11 @@ class Judged:
             except Exception as failure:
                 return f"upstream: {words(failure)}"
             seed()
-            got = getattr(self, "adapter", self.live).generate(**copy.deepcopy(inputs), **options)
+            try:
+                got = getattr(self, "adapter", self.live).generate(**copy.deepcopy(inputs), **options)
+            except Refused as refusal:
+                self.found.setdefault("refused", []).append(f"generate: {words(refusal)}")
+                return f"ok: {words(refusal)}"
         want, got = (value if isinstance(value, torch.Tensor) else value.sequences for value in (want, got))
         if want.shape != got.shape or not torch.equal(want, got):
             return f"other tokens: {want.tolist()} and {got.tolist()}"[:200]

@@ -61,6 +61,7 @@ def outcome(found):
     if wrong:
         return {"outcome": "failed", "reason": "; ".join(wrong)}
     refused = [text for text in found.get("narrowed", ()) if "upstream" not in text]
+    refused += found.get("refused", [])
     refused += [note for note in found["notes"] if note.startswith("captured without ")]
     return {"outcome": "opaque" if found["opaque"] else "narrowed" if refused else "whole"}
 

@@ -7,7 +7,7 @@ import re
 ORDER = ("whole", "narrowed", "opaque", "failed", "not built")
 MEANING = {
     "whole": "captured whole, every check holds",
-    "narrowed": "captured whole, every check holds, but it refuses a length that the original takes, or was captured without its images or audio",
+    "narrowed": "captured whole, every check holds, but it refuses in words what the original takes (a length, an adapter at some site, `generate`), or was captured without its images or audio",
     "opaque": "every check holds; parts stay one call to the original module",
     "failed": "not captured, or a check does not hold",
     "not built": "a tiny model could not be built or run here; not-built.json has the reasons",
@@ -72,8 +72,10 @@ def document(records, missing, versions, counts):
 def _reason(record):
     if record["outcome"] == "opaque":
         kinds = collections.Counter(record["opaque"].values())
-        return "; ".join(f"{count} parts: {reason}" for reason, count in kinds.items())
-    return record.get("reason") or "; ".join(record.get("narrowed", ()))
+        found = [f"{count} parts: {reason}" for reason, count in kinds.items()]
+        return "; ".join((*found, *record.get("narrowed", ()), *record.get("refused", ())))
+    without = [note for note in record.get("notes", ()) if note.startswith("captured without ")]
+    return record.get("reason") or "; ".join((*record.get("narrowed", ()), *record.get("refused", ()), *without))
 
 
 def _cell(text):

@@ -56,13 +56,24 @@ LEVELS = ((COUNTS + HEADS + WIDTHS, 2), (COUNTS + HEADS + WIDTHS, 4), (COUNTS + 
 IDS = re.compile(r"\w*(token|_id|index)\w*_(id|index|ids)|\w*token_id|\w+_token_index|\w*_token_ids?|eod_id|\w*_id")
 
 # what no name of a number tells, by the type of the config
+_PLANES = dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 1, 1]))  # of a head of 8
 _PERCEIVER = dict(d_latents=32, num_latents=8, num_blocks=1, num_self_attends_per_block=2, num_self_attention_heads=4, num_cross_attention_heads=1)
 HINTS = {
+    **{f"{kind}_text": _PLANES for kind in ("glm4v", "glm4v_moe", "glm_ocr", "qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "qwen3_omni_moe")},
+    "glm4v_moe_text": dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5, mrope_section=[1, 1, 0])),
+    "ernie4_5_vl_moe_text": dict(moe_num_experts=4, moe_k=2, rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[1, 1, 2])),
+    "chameleon": dict(vocabulary_map={"<image>": 7}),
+    "emu3": dict(vocabulary_map={"<image>": 7}),
+    "dots3_note_text": dict(per_layer_config={}),
+    "qwen2_5_omni_thinker": dict(vision_start_token_id=190),
+    "qwen3_omni_moe_thinker": dict(vision_start_token_id=190),
+    "bailing_hybrid": dict(layer_group_size=2),
+    "nemotron_h": dict(n_groups=2, mamba_num_heads=4, mamba_head_dim=8),
+    "cohere_compass_text": dict(rope_parameters=dict(full_attention=dict(rope_type="default", rope_theta=10000.0))),
     "bamba": dict(attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=8),
     "deepseek_v2": dict(num_experts_per_tok=2, n_routed_experts=4, n_group=1, topk_group=1, first_k_dense_replace=1),
     "dots1": dict(n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1, n_shared_experts=1),
-    "ernie4_5_vl_moe_text": dict(moe_num_experts=4, moe_k=2),
-    "esm": dict(esmfold_config=None, pad_token_id=0),
+    "esm": dict(esmfold_config=None, pad_token_id=0, vocab_size=VOCABULARY),
     "gemma3": dict(mm_tokens_per_image=4),
     "gemma3n_text": dict(num_kv_shared_layers=0),
     "gemma4_unified_text": dict(num_kv_shared_layers=0),
@@ -123,6 +134,13 @@ def architectures():
     return tuple(Architecture(name, kind, tuple(tasks)) for name, (kind, tasks) in sorted(found.items()))
 
 
+def _given(architecture, config_class):
+    """What the task asks of the config: a decoder that stands alone has to be told that it is one."""
+    fields = _fields(config_class)
+    alone = "causal LM" in architecture.tasks and "sequence to sequence" not in architecture.tasks
+    return {"is_decoder": True} if alone and fields.get("is_decoder") is False else {}
+
+
 def tiny(architecture, accepts, seed=0):
     """The smallest model that runs → (model, example of its inputs, level). accepts: model → an example that it accepts, or raises.
 
@@ -133,7 +151,7 @@ def tiny(architecture, accepts, seed=0):
     for level in range(len(LEVELS)):
         built = False
         try:
-            config = shrunk(config_class, *LEVELS[level])
+            config = shrunk(config_class, *LEVELS[level], _given(architecture, config_class))
             count = _parameters(kind, config)
             if count > LARGEST:
                 raise ValueError(f"{count / 1e6:.0f} million parameters at the sizes of upstream's defaults")

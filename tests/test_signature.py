@@ -1,6 +1,7 @@
 """How a model is called: example inputs, defaults, caches, labels, refusals. No capture: see `signed.py`."""
 
 import copy
+import dataclasses
 import inspect
 import pickle
 
@@ -114,15 +115,40 @@ def test_defaults_are_what_the_model_does_itself(family, defaults):
 
 def test_a_default_that_the_model_does_not_have_is_not_taken():
     class Odd(T.LlamaForCausalLM):
+        step = 2
+
         def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None, labels=None, **kwargs):
             if position_ids is None:
                 past = past_key_values.get_seq_length() if past_key_values is not None else 0
-                position_ids = torch.arange(past + 1, past + 1 + input_ids.shape[1], device=input_ids.device)[None]
+                position_ids = self.step * torch.arange(past, past + input_ids.shape[1], device=input_ids.device)[None] + 1
             return super().forward(input_ids, attention_mask, position_ids, past_key_values, use_cache=use_cache, labels=labels, **kwargs)
 
     found = variants(Odd(models.build("llama").config))
     assert "position_ids" not in found[0].kwargs and "position_ids" not in found[0].defaults
     assert "position_ids" in found[1].kwargs, "generate hands them over"
+    Odd.step = 1
+    found = variants(Odd(models.build("llama").config))
+    assert found[0].defaults["position_ids"] == "positions" and found[0].first == 1, "it counts from one on"
+
+
+def test_positions_behind_padding_and_planes_that_are_alike():
+    """RoBERTa's decoder counts the tokens that are no padding, from the padding token's number on; `generate` hands positions over."""
+    torch.manual_seed(0)
+    config = T.RobertaConfig(**models.SIZES, pad_token_id=1, bos_token_id=0, eos_token_id=2, max_position_embeddings=64, is_decoder=True)
+    model = T.RobertaForCausalLM(config).eval()
+    live = make_live(capture(model))
+    ids = torch.randint(3, 97, (2, 6))
+    ids[1, 4:] = 1
+    with torch.no_grad():
+        assert torch.equal(live(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+        assert torch.equal(live(ids).logits, model(ids).logits)
+        planes = torch.arange(2, 8).expand(3, 2, 6).contiguous()
+        slot = next(slot for slot in live.graph.signature.entries["forward"].slots if slot.name == "position_ids")
+        slot = dataclasses.replace(slot, default="positions")
+        assert torch.equal(slot.admit(planes, {}, "a model"), planes[0])
+        planes[1, 0, 0] += 1
+        with pytest.raises(Refused, match="planes differ"):
+            slot.admit(planes, {}, "a model")
 
 
 def test_models_on_the_meta_device_get_inputs_there():

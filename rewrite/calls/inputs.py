@@ -156,7 +156,14 @@ class Examples:
 
     def candidates(self):
         """(inputs, notes) that the model may accept, the fullest first."""
-        whole = self.inputs()
+        try:
+            whole = self.inputs()
+        except Refused as reason:
+            missing = [name for name in MEDIA if name in self.parameters]
+            if "input_ids" not in self.parameters or not missing:
+                raise
+            yield self.inputs(without=missing), (f"captured without {', '.join(missing)}: {str(reason).splitlines()[0]} Hand one over: example={{…}}",)
+            return
         yield whole, ()
         if "input_ids" not in whole:
             return
@@ -190,8 +197,8 @@ class Examples:
         masks = {"attention_mask": self.mask(ids.shape[1])} if "attention_mask" in whole else {}
         return {**whole, "input_ids": ids, **masks}
 
-    def inputs(self):
-        """The main inputs by name: what the model needs, masks, and `decoder_input_ids`; no labels, no cache."""
+    def inputs(self, without=()):
+        """The main inputs by name: what the model needs, masks, and `decoder_input_ids`; no labels, no cache, nothing of `without`."""
         makers = {
             "input_ids": lambda: self.ids(self.sizes.length),
             "pixel_values": self.image,
@@ -199,7 +206,7 @@ class Examples:
             "input_values": self.audio,
             "decoder_input_ids": lambda: self.ids(self.sizes.target),
         }
-        found = {name: make() for name, make in makers.items() if name in self.parameters}
+        found = {name: make() for name, make in makers.items() if name in self.parameters and name not in without}
         if self.model.main_input_name not in found:
             raise Refused(
                 f"{type(self.model).__name__}: no example for {self.model.main_input_name!r} can be made from its config.\n"

@@ -51,15 +51,15 @@ def twin(model):
     return clone
 
 
-def call(model, kwargs, loss_function=None, owner="", seen=None):
+def call(model, kwargs, loss_function=None, owner="", seen=None, attempts=None):
     """What a call returns, as tensors without values → (output, the arguments that it was given, the config at hand).
 
     Runs on the meta device; where the model asks a value, on fake tensors; where that fails too, for real. `loss_function`, if
-    given, stands in for the model's own. `seen`, a list, gets (path, first tensor in, first tensor out) of every module that ran.
+    given, stands in for the model's own. `seen`, a list, gets (path, first tensor in, first tensor out) of every module that ran. attempts: these ways alone.
     Raises what the real call raises.
     """
     failures = []
-    for attempt in (_on_meta, _on_fakes, _for_real):
+    for attempt in attempts or (_on_meta, _on_fakes, _for_real):
         clone = twin(model)
         if loss_function is not None:
             clone.__dict__["_loss_function"] = loss_function
@@ -276,9 +276,31 @@ def is_default(model, kwargs, name, value, aside=()):
         without, given = arrival(model, {k: v for k, v in kwargs.items() if k != name}), arrival(model, {**kwargs, name: value})
     except FAILURES:
         return False
-    without = {place: tensor for place, tensor in without if place not in aside}
-    given = {place: tensor for place, tensor in given if place not in aside}
-    return without.keys() == given.keys() and all(_same(without[place], given[place]) for place in without)
+    if not _alike(without, given, aside):
+        return False
+    try:
+        if not _alike(given, arrival(model, {**kwargs, name: _other(value)}), aside=()):
+            return True
+    except FAILURES:  # it looks at the value, and takes no other
+        return True
+    try:  # what reached the first block (of an image's encoder) had nothing to do with it
+        pair = {k: v for k, v in kwargs.items() if k != name}, {**kwargs, name: value}
+        without, given = (list(_tensors("", call(model, values, attempts=(_for_real,))[0])) for values in pair)
+    except FAILURES:
+        return False
+    return _alike(without, given, aside)
+
+
+def _other(value):
+    """Another value of its kind: a mask with one place more or less, positions one further."""
+    other = value.clone()
+    other[..., -1] = 1 - other[..., -1] if other.max() <= 1 else other[..., -1] + 1
+    return other
+
+
+def _alike(first, second, aside):
+    first, second = ({place: tensor for place, tensor in entries if place not in aside} for entries in (first, second))
+    return first.keys() == second.keys() and all(_same(first[place], second[place]) for place in first)
 
 
 def _same(a, b):

@@ -158,6 +158,8 @@ class Signature:
         encoder = next((v for v in encodes if v.name in graphs or any(v.owner in graph.opaque for graph in graphs.values())), None)
         if not {"first", "next"} <= graphs.keys() or (encoder is None and not owner):
             own = [v for v in own if v.name not in ("first", "next")]
+        if encoder is None and not owner:
+            own = [v for v in own if v.name != "decoder"]
         parameters = inspect.signature(module.forward).parameters
         entries = {v.name: Entry.of(graphs[v.name], v, trees[v.name]) for v in own}
         if any(slot.default == "label" for slot in entries[own[0].name].slots):
@@ -239,7 +241,7 @@ class Signature:
             device = next(value.device for value in values if value is not None)
             for place, slot in late:
                 if values[place] is None:
-                    values[place] = slot.make(sizes, device, given.get("attention_mask"))
+                    values[place] = slot.make(sizes, device, given.get("attention_mask"), given.get("input_ids"))
                 else:
                     slot.agree(values[place], sizes, what)
         for check in entry.checks:
@@ -270,7 +272,7 @@ class Signature:
         if labelled and "whole" in self.entries:
             main = self.entries["whole"]
         if not self.caching:
-            return main
+            return self._apart(given, main)
         cache, wanted = given.get(CACHE), given.get("use_cache")
         if "past" not in self.entries and "next" not in self.entries:
             if wanted:
@@ -278,7 +280,7 @@ class Signature:
                     f"{self.what}: use_cache=True, but no variant with a cache was captured.\n"
                     "Call with use_cache=False; generate(use_cache=False) gives the same tokens, only more slowly."
                 )
-            return main
+            return self._apart(given, main)
         if wanted is None:
             wanted = not labelled and not live.training and getattr(live.config, "use_cache", False)
         elif wanted and live.training and live.is_gradient_checkpointing:
@@ -299,6 +301,10 @@ class Signature:
             with contextlib.nullcontext() if watched is None else self.hidden.watching(live, watched):
                 given["encoder_outputs"] = attribute(live, self.encoder)(**kept, return_dict=True)
         return self.entries["next" if caches.is_filled(cache) else "first"]
+
+    def _apart(self, given, main):
+        """Without a cache: the decoder's graph where the encoder has run, the main one otherwise."""
+        return main if given.get("encoder_outputs") is None else self.entries.get("decoder", main)
 
     def _stray(self, entry, name, value):
         """An argument that is no input of the graph: harmless, or refused with the reason."""

@@ -56,13 +56,19 @@ class Check:
             raise Refused(f"{what}: {found}, but the graph was captured for {self.words}" + (f" (asked at {self.where})." if self.where else "."))
 
 
+def unpadded(ids, padding, start=0):
+    """Positions that count the tokens that are no padding, behind `start` of them, from the place after the padding token's number on (RoBERTa)."""
+    shown = (ids != padding).long()
+    return (shown.cumsum(1) + start) * shown + padding
+
+
 @dataclass(frozen=True)
 class Slot:
     """One tensor input.
 
     name: the argument it comes from; path: the way to it inside a nested argument, as (key, index) pairs. sizes: (dimension, number
     or symbol) of its shape; derived: (dimension, Formula) where a dimension follows from others. words: symbol → "batch", "length", ….
-    default: "ones", "zeros", "positions" (from `start` on, of which `front` places are no tokens of the caller's), a number, or None where it
+    default: "ones", "zeros", "unpadded" (see there; the token is `padding`), "positions" (from `start` on, of which `front` places are no tokens of the caller's; the first token's is `first`), a number, or None where it
     must be given, "label" where a loss asks for it. unused: the graph never reads it, so nothing is asked of it. values: the integers that it
     may hold; looked at once for each tensor, since reading one that is on a GPU waits for it. counted: positions count what the attention mask lets through.
     """
@@ -80,6 +86,8 @@ class Slot:
     values: range | None = None
     front: int = 0
     counted: bool = False
+    first: int = 0
+    padding: int | None = None
 
     def take(self, given):
         """The tensor among the arguments given, or None."""
@@ -153,8 +161,8 @@ class Slot:
                     f"{self._say(formula.source)} = {formula.of(sizes)} places: {self.picture()}."
                 )
 
-    def make(self, sizes, device, mask=None):
-        """The value that leaving this input out stands for, once all sizes are known; `mask` is the attention mask that was given."""
+    def make(self, sizes, device, mask=None, ids=None):
+        """The value that leaving this input out stands for, once all sizes are known; `mask` and `ids` are the attention mask and ids that were given."""
         if self.default is None:
             return torch.empty(0, device=device)  # the graph never reads it
         shape = [0] * self.rank
@@ -162,11 +170,13 @@ class Slot:
             shape[dim] = sizes[size] if size.__class__ is str else size
         for dim, formula in self.derived:
             shape[dim] = formula.of(sizes)
+        if self.default == "unpadded":
+            return unpadded(ids, self.padding, sizes[self.start] if self.start is not None else 0)
         if self.counted and mask is not None:
             mask = mask.long()
             return (mask.cumsum(-1) * mask - 1)[:, -shape[-1] :]
         if self.default == "positions":
-            start = sizes[self.start] - self.front if self.start is not None else 0
+            start = self.first + (sizes[self.start] - self.front if self.start is not None else 0)
             return torch.arange(start, start + shape[-1], device=device).expand(shape)
         filling = {"ones": 1, "zeros": 0, "label": 0}.get(self.default, self.default)
         return torch.full(shape, filling, dtype=self.dtype, device=device)
@@ -236,6 +246,8 @@ def slots_of(graph, variant):
                 start,
                 not node.users,
                 counted=name in variant.counted,
+                first=variant.first,
+                padding=variant.padding,
             )
         )
     return tuple(found), cache, words

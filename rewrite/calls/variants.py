@@ -9,9 +9,10 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.utils.generic import find_labels
 
 from ..errors import Refused
-from .inputs import Examples, sizes_like
+from .inputs import Examples, setting, sizes_like
 from .learn import FAILURES, Loss, arrival, call, hidden_of, is_default, loss_of
 from .leaves import FullLayer, leaves, rebuild
+from .slots import unpadded
 
 IDS = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "decoder_input_ids", "decoder_attention_mask", "decoder_position_ids"}
 
@@ -28,6 +29,8 @@ class Variant:
     mode: "both" (captured in training and in eval mode, then aligned) or "eval" (flags by analogy with the main graph).
     defaults: input name → what leaving it out means: "ones", "zeros" or "positions" (arange from the past's length on).
     counted: those of "positions" that count what the attention mask lets through, padding being place -1 (OPT).
+    first: the place of the first token, where a default is "positions".
+    padding: the token that has no place, where a default is "unpadded": positions behind it count the other tokens (RoBERTa).
     labels: names of the inputs that give a loss; `loss`: how it follows from the outputs, None where the graph computes it.
     shifts: how the model makes `decoder_input_ids` of the labels where they are left out: the name of its method, a function of (labels,
     pad id, start id), or None if it does not.
@@ -49,6 +52,8 @@ class Variant:
     ignored: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     counted: tuple[str, ...] = ()
+    first: int = 0
+    padding: int | None = None
 
 
 def is_hugging_face(model):
@@ -66,13 +71,16 @@ def variants(model, example=None):
     if not is_hugging_face(model):
         return [_plain(model, example)]
     calls = _Calls(model, example)
-    main = replace(calls.forward(), counted=calls.counted)
-    if not model.can_generate() or not calls.examples.takes_use_cache:
+    main = replace(calls.forward(), counted=calls.counted, first=calls.first, padding=calls.padding)
+    if not model.can_generate():
         return [main]
+    if not calls.examples.takes_use_cache:
+        return [main, *(calls.apart() if calls.encoded is not None else ())]
     try:
-        return [main, *(calls.encoder_decoder() if model.config.is_encoder_decoder else [replace(calls.past(), counted=calls.counted)])]
+        return [main, *(calls.encoder_decoder() if model.config.is_encoder_decoder else [replace(calls.past(), counted=calls.counted, first=calls.first, padding=calls.padding)])]
     except (Refused, *FAILURES) as reason:
-        return [replace(main, notes=(*main.notes, f"no variant with a cache: {(str(reason) or type(reason).__name__).splitlines()[0]}"))]
+        main = replace(main, notes=(*main.notes, f"no variant with a cache: {(str(reason) or type(reason).__name__).splitlines()[0]}"))
+        return [main, *(calls.apart() if calls.encoded is not None else ())]
 
 
 class _Calls:
@@ -97,6 +105,8 @@ class _Calls:
             raise Refused(f"{type(model).__name__} does not accept {what}.\n{type(reasons[0]).__name__}: {reasons[0]}") from reasons[0]
         self.labels = self.labels or self.examples.labels(names, self.output)
         self.encoded = self._encode() if model.config.is_encoder_decoder and "encoder_outputs" in self.examples.parameters else None
+        self.padding = setting(model.config.get_text_config(), "pad_token_id")
+        self.first = 0
         self.defaults, self.counted = self._defaults(), ()
         if self.defaults.get("position_ids") == "positions" and "attention_mask" in self.examples.parameters:
             self._follow_the_mask()
@@ -163,10 +173,9 @@ class _Calls:
             defaults=self.defaults,
         )
 
-    def encoder_decoder(self):
-        """The encoder alone, the decoder's first call on its outputs, and the next ones behind a cache."""
-        path, kwargs, outputs, dims = self.encoded
-        encoder = Variant(
+    def _encoder(self):
+        path, kwargs, _, _ = self.encoded
+        return Variant(
             "encoder",
             path,
             kwargs,
@@ -175,6 +184,19 @@ class _Calls:
             {name: kind for name, kind in self.defaults.items() if name in kwargs},
             hidden={"hidden_states": states for field, states in self.hidden.items() if field == "encoder_hidden_states"},
         )
+
+    def apart(self):
+        """The encoder alone and the decoder on its outputs, without a cache: `generate` calls the one, then the other."""
+        _, _, outputs, dims = self.encoded
+        mask = {name: self.inputs[name] for name in ("attention_mask",) if name in self.inputs}
+        inputs = {**mask, **self._decoder_inputs(0), "encoder_outputs": outputs}
+        constants = {"use_cache": False} if self.examples.takes_use_cache else {}
+        return self._encoder(), Variant("decoder", "", {**inputs, **constants}, self._dims(inputs) | dims, "eval", self.defaults)
+
+    def encoder_decoder(self):
+        """The encoder alone, the decoder's first call on its outputs, and the next ones behind a cache."""
+        _, _, outputs, dims = self.encoded
+        encoder = self._encoder()
         mask = {name: self.inputs[name] for name in ("attention_mask",) if name in self.inputs}
         first = {**mask, **self._decoder_inputs(0), "encoder_outputs": outputs}
         empty = EncoderDecoderCache(DynamicCache(), DynamicCache())
@@ -268,7 +290,22 @@ class _Calls:
             rest = {k: v for k, v in rest.items() if k not in kinds}
             if is_default(self.model, rest, name, self._default(name, kind), aside=(name, name.removeprefix("decoder_"))):
                 found[name] = kind
+            elif kind == "positions" and not decoder and is_default(self.model, rest, name, self._default(name, kind) + 1, aside=(name,)):
+                if self._passes_padding_over(rest, name):
+                    found[name] = "unpadded"
+                else:
+                    found[name], self.first = kind, 1
+            elif kind == "positions" and not decoder and self._passes_padding_over(rest, name):
+                found[name] = "unpadded"
         return found
+
+    def _passes_padding_over(self, rest, name):
+        """Whether positions that are left out count the tokens that are no padding, from the padding token's number on."""
+        if self.padding is None or self.padding < 0:
+            return False
+        ids = rest["input_ids"].clone()
+        ids[0, -2:] = self.padding
+        return is_default(self.model, rest | {"input_ids": ids}, name, unpadded(ids, self.padding), aside=(name,))
 
     def _follow_the_mask(self):
         """With padding on the left, positions that are left out may count what the mask lets through: find out, or leave them to the model."""
@@ -280,9 +317,9 @@ class _Calls:
             arrival(self.model, padded)
         except FAILURES:  # it takes no padding, or takes masks of its own kind alone
             return
-        if is_default(self.model, padded, "position_ids", self._default("position_ids", "positions")):
+        if is_default(self.model, padded, "position_ids", self._default("position_ids", "positions"), aside=("position_ids",)):
             return
-        if is_default(self.model, padded, "position_ids", mask.cumsum(-1) * mask - 1):
+        if is_default(self.model, padded, "position_ids", mask.cumsum(-1) * mask - 1, aside=("position_ids",)):
             self.counted = ("position_ids",)
         else:
             del self.defaults["position_ids"]
@@ -306,8 +343,10 @@ class _Calls:
 
     def _default(self, name, kind):
         ids = self.inputs["decoder_input_ids" if name.startswith("decoder_") else "input_ids"]
+        if kind == "unpadded":
+            return unpadded(ids, self.padding)
         if kind == "positions":
-            return torch.arange(ids.shape[1], device=ids.device).expand(ids.shape).contiguous()
+            return (torch.arange(ids.shape[1], device=ids.device) + self.first).expand(ids.shape).contiguous()
         return torch.full(ids.shape, int(kind == "ones"), dtype=torch.long, device=ids.device)
 
 

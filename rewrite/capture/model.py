@@ -293,6 +293,8 @@ def _only_fails_at(condition, least):
     if not symbols or not isinstance(condition, sympy.core.relational.Relational) or not symbols <= least.keys():
         return False
     difference = condition.lhs - condition.rhs
+    if isinstance(condition, sympy.Gt | sympy.Ne) and condition.rhs == 0 and difference.is_Mul and symbols == set(difference.args) - {difference.as_coeff_Mul()[0]}:
+        return any(least[symbol] == 0 for symbol in symbols)  # a product of sizes (whether a tensor holds anything): none of them is zero
     if not difference.is_polynomial(*symbols) or sympy.Poly(difference, *symbols).total_degree() > 1:
         return False
     # as every symbol grows the difference moves one way, so it is enough to look at the corner and at one step from it

@@ -26,7 +26,9 @@ def has_effect(node):
     """Whether a node does something besides giving its value."""
     if node.op == "call_module" or node.target in (count, aten._assert_scalar.default):
         return True
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags  # whoever draws moves those that draw after it
 
 
 def written(node):

@@ -103,7 +103,9 @@ class Body:
             raise Refused(f"{place}: the body does not fit here: {type(error).__name__}: {str(error).splitlines()[0]}") from error
         asked = [guard.expr for guard in env.guards[known:]] if env is not None else ()
         # torch's own questions about strides and broadcasting are none of the body's, unless they have fixed a size
-        idle = {guard.condition for guard in (getattr(env, "asked", None) or ())[before:] if guard.torch_asked and not isinstance(guard.condition, sympy.Eq)}
+        fixed = env is not None and env.replacements != replaced
+        own = [guard.condition for guard in (getattr(env, "asked", None) or ())[before:] if guard.torch_asked]
+        idle = {question for question in own if not fixed or not isinstance(question, sympy.Eq)}
         asked = [question for question in asked if question not in idle]
         lost = next((question for question in asked if not _holds_at_all_sizes(question, ranges)), None)
         if lost is not None:
