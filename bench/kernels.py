@@ -1,106 +1,351 @@
-"""Kernels beside what they replace: checked first, then timed, all in one run; a table, and JSON with machine and versions.
+"""Every op beside what it replaces: checked first, then timed, in one run; a table, and JSON with machine and versions.
 
-    python bench/kernels.py [--quick] [--out results.json]
+    python bench/kernels.py [--only lora_linear,linear_nf4] [--quick] [--minutes 7] [--out bench/results/kernels.json]
 
-`lora_linear` against the plain ops, hand-written `addmm` and HF PEFT's layer, forward and backward, frozen base. Each time is the median of
-interleaved rounds, given as a ratio to PEFT's. On a CPU the shapes are small and the Triton body does not run; the table says so.
+An op's author adds a function to `OPS` that yields rows of the table (`Row`): what is computed, by which ways, the fewest bytes and operations that it
+takes. Each way must be as exact as the plain ops in the same dtype (within a factor of two, against float64) before it is timed. A time is the median of
+interleaved rounds; `×` is the first way's time over it (above 1 is faster than the first), and the share that of the larger of two floors, bytes over the
+bandwidth of a copy and operations over the rate of a matrix product, both measured in this run.
+On a GPU a way runs over several sets of inputs, together four times its L2, in one CUDA graph, so that each set is read from memory; on a CPU over two sets,
+which its caches may hold: then a share may be above 100 %.
+What could not run here is listed with the reason. Where the minutes are used up, the rows left out are listed too.
 """
 
 import argparse
+import importlib.util
+import itertools
 import json
+import os
 import platform
 import statistics
+import sys
 import time
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Callable
 
-import peft
-import torch
-import triton
-from rewrite.kernels import lora_linear as k
-from torch import nn
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]  # this file is not a package of that name
+
+import torch  # noqa: E402
+from rewrite.kernels import chips, dequant_int4, dequant_int8, dequant_nf4  # noqa: E402
+from rewrite.kernels import grouped_lora as grouped  # noqa: E402
+from rewrite.kernels import linear_int4 as int4  # noqa: E402
+from rewrite.kernels import linear_int8 as int8  # noqa: E402
+from rewrite.kernels import linear_nf4 as nf4  # noqa: E402
+from rewrite.kernels import lora_linear as lora  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
 
 K = 2.0  # an error may be K times that of the plain ops in the same dtype
-GPU = [(rows, size, rank) for size in ((4096, 4096), (11008, 4096), (8192, 28672)) for rank in (8, 16, 64) for rows in (1, 16, 64, 512, 4096, 16384)]
-CPU = [(rows, size, 16) for size in ((512, 512), (1376, 512)) for rows in (1, 64, 512)]
+CHECKED = 64  # rows of a result that are compared with float64
+SHAPES = {"7B": ((4096, 4096), (11008, 4096), (4096, 11008)), "70B": ((8192, 8192), (28672, 8192), (8192, 28672)), "small": ((512, 512), (1376, 512))}
+RANKS, ROWS = (8, 16, 64), (1, 4, 16, 64, 512, 4096, 16384)
 
 
-def ways(w, down, up, scale, device):
-    """name → function of x."""
-    out_dim, in_dim = w.shape
-    layer = nn.Linear(in_dim, out_dim, bias=False, device=device, dtype=w.dtype)
+@dataclass(frozen=True)
+class Row:
+    """`make(new)` gives ({name: Way} over fresh tensors of `new(*size)`, a function that says in float64 what the first rows of the result are).
+
+    The way named "plain ops" sets the error that is allowed. `bytes`, `operations`: the fewest, for the floor. `backward`: each way's gradients too.
+    """
+
+    op: str
+    label: str
+    make: Callable
+    bytes: int
+    operations: int
+    backward: bool = False
+    missing: dict = field(default_factory=dict)  # way → why it does not run here
+
+
+@dataclass(frozen=True)
+class Way:
+    """A function of nothing, and the tensors that a backward step asks gradients for."""
+
+    run: Callable
+    leaves: tuple = ()
+
+    def step(self, grad):
+        return torch.autograd.grad(self.run(), self.leaves, grad)
+
+
+def sizes(device, rows=ROWS, ranks=RANKS):
+    """(shape, rank, rows) of the table."""
+    if device.type == "cuda":
+        return [(shape, rank, m) for family in ("7B", "70B") for shape in SHAPES[family] for rank in ranks for m in rows]
+    return [(shape, ranks[len(ranks) // 2], m) for shape in SHAPES["small"] for m in rows if m <= 512]
+
+
+# ---- the ops -------------------------------------------------------------------------------------------------------------
+
+
+def lora_linear(device, dtype):
+    """One adapter beside a linear with a frozen base: forward alone for few rows, forward and backward for many."""
+    missing = {} if device.type == "cuda" else {"lora_linear, Triton": "no GPU"}
+    for (n, k), rank, m in sizes(device):
+        def make(new, n=n, k=k, rank=rank, m=m):
+            x, w, down, up = new(m, k), new(n, k) * k**-0.5, new(rank, k) * k**-0.5, new(n, rank)
+            leaves = [t.requires_grad_() for t in (x, down, up)]
+            ways = {
+                "PEFT": _peft(*leaves, w, False),
+                "PEFT, adapters in float32": _peft(*leaves, w, True),
+                "plain ops": Way(lambda: lora.reference(x, w, None, down, up, 2.0), leaves),
+                "addmm": Way(lambda: torch.addmm(x @ w.mT, x @ down.mT, up.mT, alpha=2.0), leaves),
+                "lora_linear": Way(lambda: lora.launch(x, w, None, down, up, 2.0), leaves),
+            }
+            if device.type == "cuda" and rank <= 64:
+                ways["lora_linear, Triton"] = Way(lambda: lora.launch(x, w, None, down, up, 2.0, lora.fused_product), leaves)
+            wide = [t.detach()[:CHECKED].double() if t is x else t.detach().double() for t in (x, w, down, up)]
+            return ways, lambda: lora.reference(*wide[:2], None, *wide[2:], 2.0)
+
+        backward, passes = m >= 512, 2 if m >= 512 else 1
+        size = torch.finfo(dtype).bits // 8
+        moved = size * passes * (n * k + m * (n + k) + rank * (n + k))
+        yield Row("lora_linear", f"{m} × ({n} × {k}), rank {rank}", make, moved, 2 * m * (passes * n * k + (2 * passes - 1) * rank * (n + k)), backward, missing)
+
+
+def _peft(x, down, up, w, wide):
+    """PEFT's layer over the same tensors; its adapters in float32 as `autocast_adapter_dtype` makes them, or in the dtype of the base."""
+    import peft
+
+    layer = nn.Linear(w.shape[1], w.shape[0], bias=False, device="meta", dtype=w.dtype)
     layer.weight = nn.Parameter(w, requires_grad=False)
-    config = peft.LoraConfig(r=down.shape[0], lora_alpha=scale * down.shape[0], target_modules=["0"])
-    theirs = peft.get_peft_model(nn.Sequential(layer), config, autocast_adapter_dtype=False).base_model.model[0]
-    theirs.lora_A["default"].weight, theirs.lora_B["default"].weight = down, up
-
-    def by_hand(x):
-        rows = x.reshape(-1, in_dim)
-        return torch.addmm(rows @ w.mT, rows @ down.mT, up.mT, alpha=scale).view(*x.shape[:-1], out_dim)
-
-    found = {
-        "PEFT": theirs,
-        "plain ops": lambda x: k.reference(x, w, None, down, up, scale),
-        "addmm": by_hand,
-        "lora_linear": lambda x: k.launch(x, w, None, down, up, scale, k.plain_product),
-    }
-    if device == "cuda":
-        found["lora_linear, Triton"] = lambda x: k.launch(x, w, None, down, up, scale, k.fused_product)
-    return found
+    config = peft.LoraConfig(r=down.shape[0], lora_alpha=2 * down.shape[0], target_modules=["0"])
+    theirs = peft.get_peft_model(nn.Sequential(layer), config, autocast_adapter_dtype=wide).base_model.model[0].to(w.device)
+    a, b = (nn.Parameter(t.detach().to(torch.float32 if wide else t.dtype)) for t in (down, up))
+    theirs.lora_A["default"].weight, theirs.lora_B["default"].weight = a, b
+    return Way(lambda: theirs(x), (x, a, b))
 
 
-def case(rows, size, rank, dtype, device, rounds):
-    """One row of the table: error and time of each way, forward and backward."""
-    generator = torch.Generator().manual_seed(0)
-    new = lambda *shape: torch.randn(shape, generator=generator).to(device, dtype)  # noqa: E731
-    w, x, grad = new(*size) * size[1] ** -0.5, new(rows, size[1]), new(rows, size[0])
-    down, up = nn.Parameter(new(rank, size[1]) * size[1] ** -0.5), nn.Parameter(new(size[0], rank))
-    exact = k.reference(x.double(), w.double(), None, down.detach().double(), up.detach().double(), 2.0)
-    functions, errors, times = ways(w, down, up, 2.0, device), {}, {}
-    for name, function in functions.items():
+def linear_int8(device, dtype):
+    yield from _coded(device, dtype, int8.linear_int8, 8, dequant_int8.quantize)
+
+
+def linear_int4(device, dtype):
+    yield from _coded(device, dtype, int4.linear_int4, 4.5, lambda w: (*dequant_int4.quantize(w, 64), list(w.shape)))
+
+
+def linear_nf4(device, dtype):
+    yield from _coded(device, dtype, nf4.linear_nf4, 4.127, lambda w: (*dequant_nf4.quantize(w), list(w.shape)), _bitsandbytes)
+
+
+def _coded(device, dtype, op, bits, quantize, peer=None):
+    """Few rows times a weight in codes: as they are, the weight made first, and the float weight, which is another result and is not compared."""
+    missing = {} if device.type == "cuda" else {f"{op.name}, Triton": "no GPU"}
+    if peer is not None and _installed("bitsandbytes") is None:
+        missing["bitsandbytes"] = "not installed"
+    for (n, k), _, m in sizes(device, rows=(1, 4, 16, 64), ranks=(0,)):
+        def make(new, n=n, k=k, m=m):
+            x, w = new(m, k), new(n, k) * k**-0.5
+            codes = quantize(w)
+            ways = {
+                "float weight": Way(lambda: F.linear(x, w)),
+                "plain ops": Way(lambda: F.linear(x, op.dequant.launch(*codes, x.dtype))),
+                op.name: Way(lambda: op.launch(x, *codes, None)),
+            }
+            if op.unsuited(x, *codes) is None:
+                ways[f"{op.name}, codes as they are"] = Way(lambda: op.fast(x, *codes, None))
+            if peer is not None and _installed("bitsandbytes"):
+                ways["bitsandbytes"] = peer(x, w)
+            wide = x[:CHECKED].double()
+            return ways, lambda: F.linear(wide, op.dequant.launch(*codes, torch.float32).double())
+
+        yield Row(op.name, f"{m} × ({n} × {k})", make, int(n * k * bits / 8) + torch.finfo(dtype).bits // 8 * m * (n + k), 2 * m * n * k, missing=missing)
+
+
+def _bitsandbytes(x, w):
+    import bitsandbytes
+
+    codes, state = bitsandbytes.functional.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=True)
+    return Way(lambda: bitsandbytes.matmul_4bit(x, codes.t(), state))
+
+
+def grouped_lora(device, dtype):
+    """Eight adapters, or one for every row, over rows of a batch that decode, and over eight rows that prefill."""
+    missing = {} if device.type == "cuda" else {"grouped_lora, Triton": "no GPU"}
+    kinds = ((8, 8, 1), (64, 8, 1), (64, 64, 1), (8, 8, 512)) if device.type == "cuda" else ((8, 8, 1), (8, 8, 16), (32, 32, 1))
+    for (n, k), rank, _ in sizes(device, rows=(1,)):
+        for batch, adapters, length in kinds:
+            def make(new, n=n, k=k, rank=rank, batch=batch, adapters=adapters, length=length):
+                y, x, down, up = new(batch, length, n), new(batch, length, k), new(adapters, rank, k) * k**-0.5, new(adapters, n, rank)
+                slot, mask = torch.arange(batch, device=device) % adapters, torch.ones(batch, dtype=torch.bool, device=device)
+                given = (y, x, down, up, slot, mask, 2.0)
+                leaves = tuple(t.requires_grad_() for t in given[1:4])
+                ways = {
+                    "plain ops": Way(lambda: grouped.reference(*given), leaves),  # the body that a batch runs by vmap
+                    "grouped_lora": Way(lambda: grouped.launch(*given), leaves),
+                    "grouped_lora, library": Way(lambda: grouped.launch(*given, grouped.ByLibrary(slot, mask, look=True)), leaves),
+                }
+                few = max(1, CHECKED // length)
+                wide = [t.detach().double() for t in (y[:few], x[:few], down, up)]
+                return ways, lambda: grouped.reference(*wide, slot[:few], mask[:few], 2.0)
+
+            size = torch.finfo(dtype).bits // 8
+            moved = size * (batch * length * (2 * n + k) + min(batch, adapters) * rank * (n + k))
+            yield Row("grouped_lora", f"{batch} × {length} of {adapters} adapters ({n} × {k}), rank {rank}", make, moved, 2 * batch * length * rank * (n + k), length >= 512, missing)
+
+
+#: an op's author adds a function here
+OPS = (lora_linear, linear_int8, linear_int4, linear_nf4, grouped_lora)
+
+
+# ---- measuring -----------------------------------------------------------------------------------------------------------
+
+
+def _installed(name):
+    try:
+        return version(name) if importlib.util.find_spec(name) else None
+    except PackageNotFoundError:
+        return None
+
+
+def ceilings(device, dtype):
+    """Bytes a second of a copy (read and written) and operations a second of a matrix product, on random data."""
+    count, side = (2**30, 8192) if device.type == "cuda" else (2**25, 1024)
+    source = torch.randint(0, 255, (count,), dtype=torch.uint8, device=device)
+    target, a, b = torch.empty_like(source), *(torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    copy, product = (clock({"one": [run]}, device, 7)["one"] for run in (lambda: target.copy_(source), lambda: a @ b))
+    return {"bytes a second": 2 * count / copy, "operations a second": 2 * side**3 / product}
+
+
+def clock(functions, device, rounds):
+    """Seconds of one call of each way: the median of interleaved rounds; {way: functions, one for each set of inputs}."""
+    start = replayed if device.type == "cuda" else (lambda runs: lambda: _host(runs))
+    measured = {name: start(runs) for name, runs in functions.items()}
+    times = {name: [] for name in functions}
+    for _ in range(rounds + 1):
+        for name, measure in measured.items():
+            times[name].append(measure() / len(functions[name]))
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def _host(runs):
+    start = time.perf_counter()
+    for run in runs:
+        run()
+    return time.perf_counter() - start
+
+
+def replayed(runs):
+    """A function that gives the seconds of one replay of all runs, captured in a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            for run in runs:
+                run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for run in runs:
+            run()
+
+    def measure():
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        graph.replay()
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) / 1e3
+
+    return measure
+
+
+def error(reference, result):
+    return float((reference - result.double()).square().mean().sqrt() / reference.square().mean().sqrt().clamp(min=1e-30))
+
+
+def case(row, device, dtype, peaks, rounds):
+    """What is reported of one row, as JSON has it."""
+    generator = torch.Generator(device).manual_seed(0)
+    new = lambda *shape: torch.randn(shape, generator=generator, device=device).to(dtype)  # noqa: E731
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    count = max(2, min(-(-4 * cache // row.bytes), 64))
+    sets = [row.make(new) for _ in range(count)]
+    ways, exact = sets[0]
+    exact, found = exact(), {}
+    with torch.no_grad():
+        for name, way in ways.items():
+            found[name] = error(exact, way.run()[: exact.shape[0]])
+    allowed = K * found["plain ops"] + torch.finfo(dtype).eps
+    for name, value in found.items():
+        if name != "float weight" and not value <= allowed:
+            raise SystemExit(f"{row.op}, {row.label}: {name} is off by {value:.1e}, the plain ops by {found['plain ops']:.1e}")
+    if row.backward:
         with torch.no_grad():
-            errors[name] = float((function(x).double() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
-    for name, error in errors.items():
-        if error > K * errors["plain ops"] + torch.finfo(dtype).eps:
-            raise SystemExit(f"{name} at {rows} rows of {size}, rank {rank}: error {error:.1e}, the plain ops have {errors['plain ops']:.1e}")
-
-    def step(function):
-        given, down.grad, up.grad = x.detach().requires_grad_(), None, None
-        start = _now(device)
-        function(given).backward(grad)
-        return _now(device) - start
-
-    for _ in range(rounds + 2):
-        for name, function in functions.items():
-            times.setdefault(name, []).append(step(function))
-    middle = {name: statistics.median(values[2:]) for name, values in times.items()}
-    return {"rows": rows, "size": size, "rank": rank, "dtype": str(dtype), "seconds": middle, "ratio": {n: t / middle["PEFT"] for n, t in middle.items()}, "error": errors}
+            grad = torch.randn_like(ways["plain ops"].run())
+        functions = {name: [lambda way=sets[i][0][name]: way.step(grad) for i in range(count)] for name in ways}
+        times = clock(functions, device, rounds)
+    else:
+        with torch.no_grad():
+            times = clock({name: [sets[i][0][name].run for i in range(count)] for name in ways}, device, rounds)
+    floor = max(row.bytes / peaks["bytes a second"], row.operations / peaks["operations a second"])
+    first = next(iter(times.values()))
+    results = {name: {"seconds": t, "times the first": first / t, "share of the floor": floor / t, "error": found[name]} for name, t in times.items()}
+    return {"op": row.op, "case": row.label, "backward": row.backward, "ways": results, "did not run": row.missing}
 
 
-def _now(device):
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def crossings(results):
+    """op → the most rows at which taking codes as they are was faster than making the weight: what `chips` is to say."""
+    most = {}
+    for result in results:
+        named = f"{result['op']}, codes as they are"
+        if named in result["ways"] and result["ways"][named]["seconds"] < result["ways"]["plain ops"]["seconds"]:
+            most[result["op"]] = max(most.get(result["op"], 0), int(result["case"].split()[0]))
+    return most
+
+
+def table(results):
+    from rich.table import Table
+
+    shown = Table("op", "case", "way", "µs", "×", "of the floor", "error")
+    for result in results:
+        for i, (name, found) in enumerate(result["ways"].items()):
+            left = (result["op"], result["case"] + (", with backward" if result["backward"] else "")) if i == 0 else ("", "")
+            shown.add_row(*left, name, f"{found['seconds'] * 1e6:.0f}", f"{found['times the first']:.2f}", f"{found['share of the floor']:.0%}", f"{found['error']:.0e}")
+    return shown
 
 
 def main():
+    from rich.console import Console
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two shapes, few rounds")
-    parser.add_argument("--out", help="write JSON here")
+    parser.add_argument("--only", help="names of ops, with commas between")
+    parser.add_argument("--quick", action="store_true", help="three rows of each op")
+    parser.add_argument("--minutes", type=float, default=7)
+    parser.add_argument("--out", type=Path, help="write JSON here")
     given = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    shapes = (GPU if device == "cuda" else CPU)[slice(0, 2) if given.quick else slice(None)]
-    machine = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    print(f"{machine}, torch {torch.__version__}, triton {triton.__version__}, peft {peft.__version__}, {dtype}; forward and backward, ratio to PEFT (below 1 is faster)")
-    if device == "cpu":
-        print("no GPU: small shapes, and the Triton body has not run")
-    results = []
-    for rows, size, rank in shapes:
-        found = case(rows, size, rank, dtype, device, 5 if given.quick else 21)
-        results.append(found)
-        print(f"{rows:6} rows  {size[0]:5} × {size[1]:<5}  rank {rank:<3}", "  ".join(f"{name} {ratio:.2f}" for name, ratio in found["ratio"].items()), flush=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    dtype, console, begun = torch.bfloat16, Console(width=150), time.monotonic()
+    names = given.only.split(",") if given.only else [op.__name__ for op in OPS]
+    if unknown := set(names) - {op.__name__ for op in OPS}:
+        raise SystemExit(f"no op {', '.join(sorted(unknown))}. There are {', '.join(op.__name__ for op in OPS)}.")
+    each = [list(op(device, dtype))[: 3 if given.quick else None] for op in OPS if op.__name__ in names]
+    rows = [row for turn in itertools.zip_longest(*each) for row in turn if row is not None]  # in turn, so that every op has its share of the minutes
+    peaks = ceilings(device, dtype)
+    machine = {
+        "machine": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {chips.chip(device)}, {torch.get_num_threads()} thread(s), load {os.getloadavg()[0]:.1f}",
+        **{name: _installed(name) for name in ("torch", "triton", "peft", "bitsandbytes")}, **peaks,
+    }  # fmt: skip
+    console.print(f"{machine['machine']}, torch {machine['torch']}, {dtype}; a copy {peaks['bytes a second'] / 1e9:.0f} GB/s, a product {peaks['operations a second'] / 1e12:.2f} TFLOP/s")
+    results, left = [], []
+    for row in rows:
+        if time.monotonic() - begun > 60 * given.minutes:
+            left.append(f"{row.op}, {row.label}")
+            continue
+        results.append(case(row, device, dtype, peaks, 5 if given.quick else 11))
+    results.sort(key=lambda result: names.index(result["op"]))
+    console.print(table(results))
+    console.print("up to how many rows codes were faster as they are:", crossings(results))
+    for name, reason in sorted({pair for result in results for pair in result["did not run"].items()}):
+        console.print(f"did not run: {name}: {reason}")
+    if left:
+        console.print(f"left out after {given.minutes:g} minutes: {len(left)} rows, from {left[0]} on")
     if given.out:
-        with open(given.out, "w") as file:
-            json.dump({"machine": machine, "torch": torch.__version__, "triton": triton.__version__, "peft": peft.__version__, "cases": results}, file, indent=1)
+        given.out.write_text(json.dumps({**machine, "crossings": crossings(results), "left out": left, "rows": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
