@@ -4,6 +4,7 @@ import copy
 import functools
 import importlib
 
+import peft
 import pytest
 import torch
 from checks import captured, close, model_of, rejects, rounding, tensor_of
@@ -213,6 +214,44 @@ def test_combine_is_the_sum_of_effects():
     close(reference=wanted, result=t("mix.up") @ t("mix.down") @ x.T, drift=1e-12)
     rejects(reference=wanted, result=0.7 * t("fr.up") @ t("fr.down") @ x.T, drift=1e-12)
     assert known.steps_of("mix")[0].options.rank == 7 == known.steps_of("mix")[0].options.alpha
+
+
+LORAS = {"pass": "lora", "where": ["attention.{q,v}", "embed"], "rank": 4, "alpha": 16.0}, {"pass": "lora", "where": ["attention.{q,v}", "embed"], "rank": 3, "alpha": 7.0}
+TARGETS = dict(target_modules=["q_proj", "v_proj", "embed_tokens"])
+OF_LORA = {"down": ("lora_A", "lora_embedding_A"), "up": ("lora_B", "lora_embedding_B")}
+COMBINED = {
+    "lora, side by side": (LORAS, [peft.LoraConfig(r=4, lora_alpha=16, **TARGETS), peft.LoraConfig(r=3, lora_alpha=7, **TARGETS)], OF_LORA, dict(combination_type="cat"), dict(combination_type="svd", svd_rank=6)),
+    "lora, to the same rank": (LORAS, [peft.LoraConfig(r=4, lora_alpha=16, **TARGETS), peft.LoraConfig(r=3, lora_alpha=7, **TARGETS)], OF_LORA, dict(combination_type="svd", svd_rank=7), dict(combination_type="svd", svd_rank=4)),
+    "ia3": ((IA3, IA3), [peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])] * 2, {"gain": ("ia3_l",)}, {}, None),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("case", COMBINED)
+def test_combine_is_peft_s(case):
+    """From copied weights, its `cat` (of LoRA, also its `svd` at the sum of the ranks, which is exact) and its weighted IA3."""
+    steps, configs, names, kind, other = COMBINED[case]
+    live = rewrite(base(), {"passes": []}).eval()
+    known, wrapped = adapters(live), peft.get_peft_model(copy.deepcopy(base()), configs[0], "fr")
+    wrapped.add_adapter("de", configs[1])
+    for name, step in zip(("fr", "de"), steps):
+        known.add(name, [step])
+        awake(live, name)
+        for path in [path for path in live.report.made if f".{name}." in path]:
+            module, _, part = path.partition(f".{step['pass']}.{name}.")
+            layer = wrapped.get_submodule(f"base_model.model.{module}")
+            theirs = next(getattr(layer, one)[name] for one in names[part] if name in getattr(layer, one, {}))
+            theirs = getattr(theirs, "weight", theirs)
+            theirs.data = tensor_of(live, path).detach().reshape(theirs.shape).clone()
+    weights = {"fr": 0.75, "de": -0.5}  # numbers of float32, which PEFT makes of them
+    known.combine("mix", weights)
+    known.use("mix")
+    for number, chosen in enumerate([kind, *([other] if other else [])]):
+        wrapped.base_model.add_weighted_adapter(list(weights), list(weights.values()), f"mix{number}", **chosen)
+        wrapped.set_adapter(f"mix{number}")
+        (rejects if number else close)(reference=logits(wrapped), result=logits(live), drift=rounding(torch.float64))
+    wrapped.set_adapter("fr")
+    rejects(reference=logits(wrapped), result=logits(live), drift=rounding(torch.float64))
 
 
 def test_deleting_and_refusing():
