@@ -30,7 +30,7 @@ class AdaMix(Pass):
     role = "mlp"
     drift = 0.0
     example = {"where": "mlp", "width": 6, "copies": 3}
-    choices = ("pick_down", "pick_up")
+    drawn = ("pick_down", "pick_up")
 
     def params(self, y):
         down, size = y.new_empty(self.copies, self.width, y.shape[-1]), y.shape[-1]

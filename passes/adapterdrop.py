@@ -33,7 +33,7 @@ class AdapterDrop(Pass):
     role = "mlp"
     drift = 0.0
     example = {"where": "mlp", "bottleneck": 6, "most": 1}
-    choices = ("dropped",)
+    drawn = ("dropped",)
 
     def __post_init__(self):
         if 0 < self.most < self.drop:

@@ -32,7 +32,7 @@ class DiffPruning(Pass):
     role = "linear"
     drift = 0.0
     example = {"where": "mlp.{up,down}"}
-    choices = ("noise", "noise_of_all")
+    drawn = ("noise", "noise_of_all")
 
     def params(self, w):
         own = {"diff": torch.zeros_like(w), "openness": torch.full_like(w, self.initial), "noise": frozen(torch.zeros_like(w))}

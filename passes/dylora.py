@@ -31,7 +31,7 @@ class DyLoRA(Pass):
     role = "linear"
     drift = 0.0
     example = {"where": "attention.{q,v}", "rank": 4}
-    choices = ("pick",)
+    drawn = ("pick",)
 
     def __post_init__(self):
         if self.lowest > self.rank:

@@ -44,7 +44,7 @@ What happens while training is said in hooks (`rewrite.training` calls them, onc
     forward forwards loss   run the model: one micro-batch and all of them (prepare, loss); the mean loss of the step (step)
 
     prepare(sites, forwards)    before training: scores, masks, calibration
-    before_forward(sites, …)    the choices of this step: write them into frozen tensors, whose shapes stay
+    before_forward(sites, …)    what is drawn for this step: write it into frozen tensors, whose shapes stay
     loss(forward, …)            the loss of a micro-batch, where the model's own is not enough
     penalty(sites, …)           a scalar beside the loss, a differentiable function of the step's tensors
     after_backward(sites, …)    gradients are there: mask or scale them
@@ -89,8 +89,8 @@ class Pass:
     rather than kept for backward: all of them (True), or all but every n-th.
     `inputs` (name → `Input`; a property where options decide) are what calls of the model take beside its own. `lengthens` says that
     `output` on `embed` puts tokens in front of the model's own: masks, positions, token types, labels and caches follow, and the caller sees
-    none of it. Its nouns at other sites stand where these tokens are read, not behind a cache that holds them. A pass that is not site-shaped defines `apply(self, edit, sites)` instead of nouns. `choices` are the frozen tensors that a
-    hook writes for each step and that the nouns read in training alone. `unfuses`: it takes fused operations apart where it finds some.
+    none of it. Its nouns at other sites stand where these tokens are read, not behind a cache that holds them. A pass that is not site-shaped defines `apply(self, edit, sites)` instead of nouns. `drawn` are the frozen tensors that a
+    hook draws anew for each step and that the nouns read in training alone. `unfuses`: it takes fused operations apart where it finds some.
     """
 
     role: ClassVar[str | list | None] = None
@@ -103,7 +103,7 @@ class Pass:
     no_grad: ClassVar[tuple[str, ...]] = ()
     reversible: ClassVar[bool | int] = False
     whole_sequence: ClassVar[bool] = False
-    choices: ClassVar[tuple[str, ...]] = ()
+    drawn: ClassVar[tuple[str, ...]] = ()
     inputs: ClassVar[dict] = {}
     whole: ClassVar[bool] = False
     unfuses: ClassVar[bool] = False
@@ -168,6 +168,11 @@ class Pass:
     def bodies(cls):
         """The methods of this pass that become nodes: its nouns, and those that thread a value from site to site."""
         return (*cls.nouns(), *(name for name in CARRIES if hasattr(cls, name)))
+
+    @classmethod
+    def words(cls):
+        """Every name that the engine reads off a pass: facts, methods, nouns, hooks."""
+        return {*(name for name in dir(Pass) if not name.startswith("_")), *REPLACES, *CARRIES, *HOOKS, "apply", "compacted"}
 
     def combined(self, parts):
         """(options, tensors) of the weighted sum of adapters at a site, or None. `parts`: (options, weight, name → tensor) of each; here the tensors' sum."""

@@ -25,7 +25,7 @@ from .spec.forms import Form, leaves, placed
 from .spec.parse import Spec, Step
 from .store.fingerprint import fingerprint
 from .text import show
-from .training.backward import lost_gradient
+from .training.backward import cut_off, lost_gradient
 from .verify import Record, verify
 
 
@@ -121,6 +121,8 @@ def _apply_steps(graph, steps, seed, report, donated=None, stored=(), kept=()):
         for part, record, text in zip(work.graphs, work.records, texts):
             verify(part, record, name, text)
             _refuse_lost_gradients(part, f"{step.place}: {name}")
+        for number in work.inner:
+            _refuse_cut_off(work.graphs[number], f"{step.place}: {name}")
 
 
 class Work:
@@ -187,9 +189,22 @@ def _refuse_derived(form):
             raise Refused(f"{step.place}: {step.method} changes the base itself, which the steps beside it read too. Write it before them, as a step of its own.")
 
 
+def _trains(graph):
+    return lambda path: getattr(attribute(graph.root, path), "requires_grad", False)
+
+
+def _refuse_cut_off(graph, place):
+    lost = cut_off(graph, _trains(graph))
+    if lost is not None:
+        path, node = lost
+        raise Refused(
+            f"{place}: @{path} is to train, and {node.meta['made']} lets no gradient through to it (at %{node.name}): it would never change.  "
+            'Freeze it (`frozen(…)` where a pass makes it), narrow "where", or change the option that cuts gradients off.'
+        )
+
+
 def _refuse_lost_gradients(graph, place):
-    trains = lambda path: getattr(attribute(graph.root, path), "requires_grad", False)  # noqa: E731
-    lost = lost_gradient(graph, trains)
+    lost = lost_gradient(graph, _trains(graph))
     if lost is not None:
         path, node = lost
         raise Refused(

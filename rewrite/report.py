@@ -27,6 +27,10 @@ class Size:
         trainable = sum(p.numel() for p in parameters if p.requires_grad)
         return Size(trainable, sum(p.numel() for p in parameters) - trainable, sum(t.numel() * t.element_size() for t in tensors))
 
+    def training(self, trainable):
+        """The same tensors, of which another number trains."""
+        return Size(trainable, self.trainable + self.frozen - trainable, self.stored_bytes)
+
     @property
     def share(self):
         """Trainable share of all parameters, 0 to 1."""

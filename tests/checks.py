@@ -10,6 +10,7 @@ Sizes are odd, distinct and rectangular, so that a transposed weight cannot pass
 import contextlib
 import functools
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Callable
 
 import pytest
@@ -158,11 +159,15 @@ class Toy:
 
     def loss(self, model, batch=4, length=9):
         """Cross-entropy of the next token, or of an arbitrary class for each row."""
+        return self.forward(model, batch, length).loss
+
+    def forward(self, model, batch=4, length=9):
+        """The loss with the logits that it is of."""
         logits = self.run(model, batch, length)
         if self.classifies:
-            return F.cross_entropy(logits, torch.arange(batch, device=logits.device) % logits.shape[-1])
+            return SimpleNamespace(logits=logits, loss=F.cross_entropy(logits, torch.arange(batch, device=logits.device) % logits.shape[-1]))
         ids = next(iter(self.inputs(batch, length).values())).to(logits.device)
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        return SimpleNamespace(logits=logits, loss=F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
 
 
 def added(model, batch):

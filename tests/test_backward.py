@@ -77,6 +77,18 @@ def gated_mlp(x, module):
     return F.linear(F.silu(F.linear(x, module.gate_proj.weight)) * F.linear(x, module.up_proj.weight), module.down_proj.weight)
 
 
+def test_what_a_detach_cuts_off_is_refused():
+    """Before it and behind it, in words; what another way leads to still trains."""
+    side, lora = {"pass": "side_tuning", "frozen": True}, {"pass": "lora", "where": "mlp.up", "rank": 2}
+    for passes, who in (([lora, side], "side_tuning"), ([side, lora], "lora")):
+        with pytest.raises(Refused, match=rf"passes\[1\]: {who}: @model.layers.0.mlp.up_proj.lora.default.down is to train, and side_tuning lets no gradient through to it \(at %detach"):
+            rewrite(model_of("gated"), {"passes": passes})
+    for passes in ([lora, {**side, "frozen": False}], [{**lora, "where": "attention.q"}, side]):
+        live = rewrite(model_of("gated"), {"passes": passes})
+        TOYS["gated"].loss(live).backward()
+        assert all(p.grad is not None for p in live.parameters() if p.requires_grad)
+
+
 def test_f_runs_on_another_length():
     """GPT-2's linears see their input as (batch · length, width), so its body is full of sizes: those of the value that it is given."""
     model = gpt2()

@@ -254,7 +254,8 @@ def test_what_comes_after_a_form_sees_all_of_it():
 # ---- a mixing pass -------------------------------------------------------------------------------------------------------
 
 TWO = [{**ADAPTER, "name": name} for name in ("de", "fr")]
-FUSED = {"choose": TWO, "by": {"pass": "adapter_fusion", "temperature": 2.0}}
+MIX = {"pass": "adapter_fusion"}
+FUSED = {"choose": TWO, "by": {**MIX, "temperature": 2.0}}
 
 
 def fusion(t, y):
@@ -272,6 +273,17 @@ def test_adapter_fusion():
     assert {path for path, p in live.named_parameters() if p.requires_grad} == {f"adapter_fusion.default.{name}" for name in ("query", "key", "value")}
     both = rewrite(gated(), {"passes": [{**FUSED, "by": {"pass": "adapter_fusion", "train_choices": True}}]}, example=(inputs().float(),))
     assert {path for path, p in both.named_parameters() if p.requires_grad} == set(both.report.made)
+
+
+def test_mixing_passes_of_one_name_at_other_places():
+    """Their tensors stand at the sites that the steps of their choose have in common; the rows of the report count what trains when all is done."""
+    of = lambda where: {"choose": [{**ADAPTER, "where": where, "name": name} for name in ("de", "fr")], "by": MIX}  # noqa: E731
+    live = rewrite(model_of("gated"), {"passes": [{"parallel": [of("mlp"), of("attention.block")]}]})
+    trained = sum(p.numel() for p in live.parameters() if p.requires_grad)
+    assert {path.rpartition(".adapter_fusion.")[0].rpartition(".")[2] for path in live.report.made if "fusion" in path} == {"mlp", "self_attn"}
+    assert [row.after.trainable for row in live.report.applied] == [0, 0, trained // 2, trained // 2, trained // 2, trained]
+    assert len({row.after.trainable + row.after.frozen for row in live.report.applied}) == 6
+    assert [a.after for a in live.report.applied[:-1]] == [b.before for b in live.report.applied[1:]]
 
 
 def test_from_adapters_trained_each_by_itself_to_their_fusion(tmp_path):
@@ -418,6 +430,7 @@ def test_values_from_further_out():
         ({"parallel": [LORA, []]}, "passes[0].parallel[1]: an empty list of steps."),
         ({"parallel": [LORA, {"batch": {"fr": [IA3]}}]}, "passes[0].parallel[1]: a batch cannot stand beside other steps."),
         ({"parallel": [LORA, {"pass": "adapter_fusion"}]}, "passes[0].parallel[1]: adapter_fusion mixes what other passes make. Write"),
+        ({"choose": [{"choose": TWO, "by": MIX}, {**ADAPTER, "name": "it"}], "by": MIX}, 'passes[0].by: "adapter_fusion" stands at "mlp" already (passes[0].choose[0].by) under the name "default".'),
         ({"pass": "adapter_fusion"}, "passes[0]: adapter_fusion mixes what other passes make. Write"),
         ({"choose": TWO}, 'passes[0]: "by" is missing'),
         ({"choose": TWO, "by": IA3}, "passes[0].by: ia3 mixes nothing"),

@@ -15,9 +15,9 @@ import pytest
 import torch
 from checks import OUTSIDE, TOYS, captured, changeable, close, learned, model_of, rejects, rounding, tensor_of, train, unchanged, wake
 
-from rewrite import Refused, Spec, SpecError, export_onnx, load, merge, pipeline, rewrite, save, show
+from rewrite import Pass, Refused, Spec, SpecError, export_onnx, load, merge, pipeline, rewrite, save, show, training
 from rewrite import graph as g
-from rewrite.spec.options import COMMON, common
+from rewrite.spec.options import COMMON, common, options_schema
 from rewrite.spec.parse import builtin_names, pass_of
 from rewrite.text import line
 
@@ -37,6 +37,8 @@ def class_of(name):
 
 def spec_of(name, seed=0):
     """The spec that shows a pass, as a dict: what it wants before it, then its example."""
+    if class_of(name).example is Pass.example:
+        pytest.fail(f'{name} has no example: give the class `example = {{"where": …}}`, a step of a spec that shows it, without "pass"', pytrace=False)
     return {"seed": seed, "passes": class_of(name).shown(name)}
 
 
@@ -59,6 +61,14 @@ def rewritten(name, toy, seed=0):
 def is_unfit(reason):
     """Whether a toy has no site for a pass, or the pass declines every one of them in words."""
     return "found no site" in str(reason) or re.search(r"\b(\d+) of \1 sites refused", str(reason)) is not None
+
+
+def accepts(name, toy):
+    """Whether a toy has sites for a pass."""
+    try:
+        return shared(name, toy) is not None
+    except pytest.skip.Exception:
+        return False
 
 
 @functools.cache
@@ -187,20 +197,41 @@ def is_shift_of_keys(live, path):
     return site is not None and tensor_of(live, path).dim() == 1
 
 
+#: steps after which a factor behind one that starts at zero has had its gradient
+FIRST_STEPS = 3
+
+
+def asleep(live, toy):
+    """The new tensors that train and have not moved in the first steps: all factors of a product start at zero, or none is read where it counts."""
+    starts = {path: tensor_of(live, path).detach().clone() for path in changeable(live) if tensor_of(live, path).requires_grad and not is_shift_of_keys(live, path)}
+    if starts:
+        t = training(live.train())
+        optimizer = t.optimizer(torch.optim.SGD, 0.1)
+        for _ in range(FIRST_STEPS):
+            t.step(optimizer, lambda: toy.forward(live))
+        live.eval()
+    return sorted(path for path, start in starts.items() if torch.equal(start, tensor_of(live, path)))
+
+
 @every_toy
 @every_pass
 def test_wakes(name, toy):
-    live = wake(rewritten(name, toy).double())
+    live = rewritten(name, toy).double()
+    if class_of(name).mixes() and live.spec.passes[-1].by.options.freezes_choices:
+        wake(live)  # what it mixes was trained before
+    lost = asleep(live, TOYS[toy])
+    assert not lost, f"no gradient comes to {', '.join(lost)} in the first {FIRST_STEPS} steps: they never learn. Let one factor of a product start away from zero; give what is not to train as frozen(…)."
+    wake(live)
     changing = [p for p in changeable(live) if not is_shift_of_keys(live, p)]
     if any(p.requires_grad for p in live.parameters()):
         TOYS[toy].loss(live).backward()
-    before = {training: TOYS[toy].output(live.train(training), 3, 11) for training in (False, True)}
+    before, generator = {mode: TOYS[toy].output(live.train(mode), 3, 11) for mode in (False, True)}, torch.Generator().manual_seed(1)
     for path in changing:
-        tensor, training = tensor_of(live, path), path.rpartition(".")[2] in class_of(name).choices
+        tensor, drawn = tensor_of(live, path), path.rpartition(".")[2] in class_of(name).drawn
         old = tensor.detach().clone()
-        with torch.no_grad():
-            tensor.add_(torch.randn_like(tensor))
-        rejects(reference=before[training], result=TOYS[toy].output(live.train(training), 3, 11), drift=rounding(torch.float64))
+        with torch.no_grad():  # what is drawn may count by its sign alone
+            tensor.sub_(3 * tensor.sign()) if drawn else tensor.add_(torch.randn(tensor.shape, generator=generator, dtype=torch.float64))
+        rejects(reference=before[drawn], result=TOYS[toy].output(live.train(drawn), 3, 11), drift=rounding(torch.float64))
         with torch.no_grad():
             tensor.copy_(old)
     close(reference=before[False], result=TOYS[toy].output(live.eval(), 3, 11), drift=0.0)
@@ -302,6 +333,36 @@ def test_refuses_impossible_options(name):
     own(broken)[0]["no_such_option"] = 1
     with pytest.raises(SpecError, match=rf"{re.escape(place)}.*no_such_option"):
         rewrite(model_of("gated"), broken)
+
+
+#: larger than any size of the toys, and no multiple of one
+HUGE = 131
+#: how the engine passes on what torch says
+BARE = re.compile(r"(fails here|does not fit here): \w+Error")
+
+
+def whole_numbers(cls):
+    """option → its smallest value, of each option that is a whole number."""
+    schema = options_schema(cls)
+    parts = {name: [part, *part.get("anyOf", ())] for name, part in schema.get("properties", {}).items()}
+    return {name: each.get("minimum", 0) for name, of in parts.items() for each in of if each.get("type") == "integer"}
+
+
+@every_pass
+def test_sizes_at_their_ends_work_or_are_refused_in_words(name):
+    toy = next(toy for toy in TOYS if accepts(name, toy))
+    for option, least in whole_numbers(class_of(name)).items():
+        for size in (least, HUGE):
+            spec = spec_of(name)
+            own(spec)[0][option] = size
+            try:
+                live = rewrite(model_of(toy), spec, example=TOYS[toy].inputs(2, 7))
+                for mode in (True, False):
+                    TOYS[toy].output(live.train(mode))
+            except (SpecError, Refused) as reason:
+                assert not BARE.search(str(reason)), f"{name}: {option} {size}: refuse() should say why, in words: {reason}"
+            except (RuntimeError, TypeError, ValueError, IndexError) as error:
+                raise AssertionError(f"{name}: {option} {size}: refuse() should say why, in words: {type(error).__name__}: {error}") from error
 
 
 # ---- leaves the rest -----------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from rewrite import Refused, Spec, SpecError, export_onnx, load, pipeline, rewrite, save
 
-PLACES = 5
+PLACES = 21  # more than the tokens with which a model is traced
 EXACT = rounding(torch.float64)
 
 
@@ -374,18 +374,21 @@ def test_prompt_refuses_in_words():
         rewrite(base("llama"), {"passes": [{**prompt, "ids": [1, 99]}]})
     live, ids = prompted("llama"), example("llama")["input_ids"]
     cache = base("llama")(ids, use_cache=True).past_key_values
-    with pytest.raises(Refused, match="was filled by a model with 0 tokens in front, this one has 5"):
+    with pytest.raises(Refused, match="was filled by a model with 0 tokens in front, this one has 21"):
         live(input_ids=ids[:, :1], past_key_values=cache, attention_mask=torch.ones(2, 8, dtype=torch.long))
-    with pytest.raises(Refused, match="was filled by a model with 5 tokens in front, this one has 0"):
+    with pytest.raises(Refused, match="was filled by a model with 21 tokens in front, this one has 0"):
         rewrite(base("llama"), {"passes": []})(input_ids=ids[:, :1], past_key_values=live(input_ids=ids, use_cache=True).past_key_values, attention_mask=torch.ones(2, 8, dtype=torch.long))
+
+
+REPEATED = ([7, 9] * PLACES)[:PLACES]
 
 
 def test_prompt_starts_from_ids_and_hides_itself():
     live = prompted("llama", ids=[7, 9])
     table = base("llama").get_input_embeddings().weight
-    close(reference=table[[7, 9, 7, 9, 7]].detach(), result=prompt_of(live), drift=0.0)
+    close(reference=table[REPEATED].detach(), result=prompt_of(live), drift=0.0)
     ids = example("llama")["input_ids"]
-    behind = torch.cat([torch.tensor([[7, 9, 7, 9, 7]]).expand(2, -1), ids], 1)
+    behind = torch.cat([torch.tensor([REPEATED]).expand(2, -1), ids], 1)
     wanted, found = base("llama")(behind, output_hidden_states=True), live(input_ids=ids, output_hidden_states=True)
     close(reference=wanted.logits[:, PLACES:], result=found.logits, drift=EXACT)
     for theirs, mine in zip(wanted.hidden_states, found.hidden_states, strict=True):

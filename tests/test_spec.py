@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import jsonschema
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field
 
@@ -113,6 +113,7 @@ def test_a_path_is_read_and_named_in_messages(tmp_path):
     assert Spec.parse(file, PASSES).source == str(file)
 
 
+@settings(deadline=None)  # a busy machine is no fault
 @given(
     rank=st.integers(1, 2**70),
     alpha=st.floats(allow_nan=False, allow_infinity=False),
@@ -369,6 +370,9 @@ def test_a_closed_parse_imports_nothing_but_takes_what_is_handed_over(lab):
         (SOURCE.replace("@dataclass(frozen=True)", ""), "Tiny is not a frozen dataclass"),
         (SOURCE.replace("size", "where"), 'has an option called "where"'),
         (SOURCE.replace("size: int = 3", "size: type(print) = None"), "an option of Tiny has a type that JSON cannot hold"),
+        (SOURCE + "    drfit = 1e-6", 'Tiny defines "drfit", which nothing reads. Did you mean "drift"?'),
+        (SOURCE + "    def ouput(self, y):\n        return y", 'Tiny defines "ouput", which nothing reads. Did you mean "output"?'),
+        (SOURCE + "    def befor_forward(self, sites):\n        pass", 'Did you mean "before_forward"? What a pass has for itself begins with _.'),
         ("from __future__ import annotations\n" + SOURCE.replace("int = 3", "nowhere = 3"), "an option of Tiny has a type that JSON cannot hold"),
     ],
 )

@@ -9,7 +9,7 @@ What a step did is read off the graph, edge by edge: which node now reads anothe
 step does it, and forms can stand in forms.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx, nn
@@ -28,7 +28,7 @@ _ADD, _SUB = torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor
 def beside(work, form):
     """Apply a form to all graphs of a `Work`."""
     crossings = [Crossing(graph, form.place) for graph in work.graphs]
-    aside, made, trains = work.aside, set(work.report.made), set(work.report.trains)
+    aside, made, trains, done = work.aside, set(work.report.made), set(work.report.trains), len(work.report.applied)
     branches = []  # one a step: what it replaced, a list a graph
     for step in form.steps:
         before = [len(replaced) for replaced in work.replaced]
@@ -38,7 +38,7 @@ def beside(work, form):
     settled = [()] * len(crossings)
     if form.by is not None:
         if form.by.options.freezes_choices:
-            _freeze(work.report, work.graphs[0].root, made, trains)
+            _freeze(work.report, work.graphs[0].root, made, trains, done)
         settled = _choose(work, form, crossings, branches)
     for crossing, edges in zip(crossings, settled):
         crossing.rejoin(edges)
@@ -46,13 +46,15 @@ def beside(work, form):
     _refuse_unread(work, form, made)
 
 
-def _freeze(report, root, made, trains):
-    """Keep from training what has been made, or let train, since."""
+def _freeze(report, root, made, trains, done):
+    """Keep from training what has been made, or let train, since; the report's rows behind the first `done` say so too."""
     for path in [p for p in (*report.made, *report.trains) if p not in made and p not in trains]:
         tensor = g.attribute(root, path)
         if isinstance(tensor, nn.Parameter):
             tensor.requires_grad_(False)
     report.trains.intersection_update(trains)
+    before = report.applied[done].before.trainable
+    report.applied[done:] = [replace(row, before=row.before.training(before), after=row.after.training(before)) for row in report.applied[done:]]
 
 
 def _refuse_unread(work, form, made):

@@ -252,6 +252,8 @@ def _cut_names(graph):
 def _behind(edit, length, places):
     """A graph whose cache or encoder's outputs, `length` long, hold the tokens in front: the caller's masks and positions do not."""
     graph, place = edit.graph, f"{edit.kind}: the graph {edit.graph.name!r}"
+    values = _hints(edit.fake_mode)
+    values[length] = values[length] + places  # the size at which torch tries things out: a cache that holds the tokens in front is longer than they are
     for name, node in zip(graph.inputs, graph.placeholders):
         kind, users = _kinds(graph).get(name), list(node.users)
         if name.startswith((f"{CACHE}.", "encoder_outputs.")) or kind not in ("ones", "positions") or not users:
@@ -300,6 +302,10 @@ def _resized(value, changes, mode):
 
 
 def _size(expr, mode):
-    env = mode.shape_env
-    hints = getattr(env, "backed_var_to_val", None)
-    return env.create_symintnode(expr, hint=int(expr.xreplace(env.var_to_val if hints is None else hints)))
+    return mode.shape_env.create_symintnode(expr, hint=int(expr.xreplace(_hints(mode))))
+
+
+def _hints(mode):
+    """Symbol → the size at which it was traced."""
+    values = getattr(mode.shape_env, "backed_var_to_val", None)
+    return mode.shape_env.var_to_val if values is None else values

@@ -48,10 +48,10 @@ def said(value):
     return text if len(text) <= 60 else text[:57] + "…"
 
 
-def closest(name, known):
+def closest(name, known, cutoff=0.6):
     """' Did you mean "lora"?' or '', for messages."""
     lowered = {k.lower(): k for k in known}
-    near = difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.6)
+    near = difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=cutoff)
     ratios = [difflib.SequenceMatcher(None, other, name.lower()).ratio() for other in near]
     near = [other for other, ratio in zip(near, ratios) if ratio > ratios[0] - 0.08]  # what is as good as the best
     return " Did you mean " + " or ".join(f'"{lowered[k]}"' for k in near) + "?" if near else ""

@@ -9,6 +9,7 @@ step is read off that dataclass, so the checks, the messages and the JSON Schema
 """
 
 import dataclasses
+import functools
 import importlib
 import importlib.metadata
 import json
@@ -154,6 +155,9 @@ class _Finder:
         taken = [f.name for f in dataclasses.fields(cls) if f.name in COMMON]
         if taken:
             raise SpecError(f'"{name}": {cls.__name__} has an option called "{taken[0]}", which every step has already. Call it something else.')
+        wrong = _misspelt(cls)
+        if wrong:
+            raise SpecError(f'"{name}": {wrong}')
         try:
             options_model(cls)
         except (pydantic.PydanticUserError, NameError) as error:
@@ -186,6 +190,15 @@ class _Finder:
             return load()
         except (ImportError, AttributeError, SyntaxError) as error:
             raise SpecError(f'"{name}" cannot be imported: {type(error).__name__}: {error}. Is it on the Python path?') from error
+
+
+@functools.cache
+def _misspelt(cls):
+    """What is wrong with the names that a pass defines: a fact, noun or hook that nearly has the name of one is never read. None where all is well."""
+    known, options = cls.words(), {f.name for f in dataclasses.fields(cls)}
+    own = [word for one in cls.__mro__ if one is not Pass and issubclass(one, Pass) for word in vars(one) if not word.startswith("_")]
+    near = ((word, closest(word, known, cutoff=0.8)) for word in own if word not in known and word not in options)
+    return next((f'{cls.__name__} defines "{word}", which nothing reads.{meant} What a pass has for itself begins with _.' for word, meant in near if meant), None)
 
 
 # -- reading -------------------------------------------------------------------------------------------------------------------------
@@ -336,9 +349,22 @@ def _check_collisions(steps, faults):
         if isinstance(step, Step) and hasattr(step.options, "apply"):
             seen.clear()
             continue
-        for leaf in leaves(step):
-            key = place_of(leaf) if leaf.where is not None or not isinstance(step, Form) else (leaf.method, leaf.name, json.dumps(step.to_dict()))
+        for leaf, where in _placed(step):
+            key = place_of(dataclasses.replace(leaf, where=where))
             if key in seen:
-                there = f'stands at {said(leaf.where)} already ({seen[key]}) under the name "{leaf.name}"'
+                there = f'stands at {said(where)} already ({seen[key]}) under the name "{leaf.name}"'
                 faults.append(f'{leaf.place}: "{leaf.method}" {there}. Give one of them another "name".')
             seen.setdefault(key, leaf.place)
+
+
+def _placed(step):
+    """(step, where it works) of each single step of a step or a form: a mixing pass works where the steps of its own choose do."""
+    if isinstance(step, tuple):
+        return [each for one in step for each in _placed(one)]
+    if not isinstance(step, Form):
+        return [(step, step.where)]
+    inner = _placed(step.steps)
+    if step.by is None:
+        return inner
+    wheres = list({json.dumps(where, sort_keys=True): where for _, where in inner}.values())
+    return [*inner, (step.by, wheres[0] if len(wheres) == 1 else wheres)]

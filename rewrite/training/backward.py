@@ -2,7 +2,7 @@
 
     no_grad("y")   every node that y is computed from   -->   with torch.no_grad(): …   in the printed source
 
-A tensor that trains inside such a part would get no gradient without a word: it is refused.
+A tensor that trains inside such a part, or behind a `detach` of a pass alone, would get no gradient without a word: it is refused.
 """
 
 import contextlib
@@ -43,6 +43,43 @@ def lost_gradient(graph, trains):
             return before, node
         source[node] = before
     return None
+
+
+def cut_off(graph, trains):
+    """The path of a tensor that trains (`trains(path)`) and gets no gradient because of what a pass has made, with the node that lets none through; None where all is well."""
+    found, before = _with_gradient(graph, _is_differentiable), None
+    for node in graph.nodes:
+        if node.op != "get_attr" or node in found or not node.users or not trains(node.target):
+            continue
+        before = before or _with_gradient(graph, lambda user: _is_differentiable(user) or "made" in user.meta)
+        if node in before:  # else the model itself asks nothing of it
+            return node.target, _barrier(node, before)
+    return None
+
+
+def _with_gradient(graph, passes):
+    """The nodes to which backward comes, where it goes through those that `passes(node)`."""
+    found = set()
+    for node in reversed(graph.nodes):
+        if node.op == "output" or any(user in found and (user.op == "output" or passes(user)) for user in node.users):
+            found.add(node)
+    return found
+
+
+def _barrier(node, within):
+    """The first node of a pass behind a node, among those of `within`, that lets no gradient through."""
+    return min(user for at in _behind(node) for user in at.users if user in within and "made" in user.meta and not _is_differentiable(user))
+
+
+def _behind(node):
+    """A node, and all that depend on it."""
+    found, todo = set(), [node]
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += node.users
+    return found
 
 
 def _is_differentiable(node):

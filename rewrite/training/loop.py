@@ -65,7 +65,7 @@ class Training:
         return value.detach()
 
     def _refuse_eval(self):
-        chosen = [hooked.step.method for hooked in self.live.report.hooked.values() if hooked.step.options.choices]
+        chosen = [hooked.step.method for hooked in self.live.report.hooked.values() if hooked.step.options.drawn]
         if chosen and not self.live.training:
             raise Refused(f"training: {', '.join(chosen)} makes choices for each step, which the model reads in training mode alone, and it is in eval mode. Call live.train() first.")
 
