@@ -5,7 +5,7 @@
     y + sum_n g_n * (y_n - y)        g_n = mean over tokens of sigmoid(gate_n · x)
 
 x is what the sub-layer around the value reads. Methods and gates train together; of a prefix, the gate weighs the keys and values in front.
-A mean over all tokens is for encoders: a model that decodes token by token would see other gates there than in training.
+A mean over all tokens is for encoders alone: a model that decodes token by token would see other gates there than in training, and is refused.
 Mao et al. 2021, arXiv:2110.07577.
 """
 

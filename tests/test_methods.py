@@ -58,7 +58,7 @@ TOLD = {
     "all factors at zero": ({".normal_(std=fan_in**-0.5)": ".zero_()"}, test_passes.test_wakes, r"no gradient comes to \S*q_proj\.\w+\.default\.down, .*mixer.*\.up.* in the first 3 steps: they never learn\. Let one factor"),
     "a tensor behind a detach": ({"mixer), up)": "mixer.detach()), up)"}, test_passes.test_wakes, r"mixer is to train, and \w+ lets no gradient through to it .* Freeze it \(`frozen\(…\)` where a pass makes it\)"),
     "no example": ({'    example = {"where": "attention.{q,v}", "rank": 4}\n': ""}, test_passes.test_holds_still, r"has no example: give the class `example = "),
-    "a size that does not fit": ({"if self.rank > min(": "if self.rank < 0 > min(", "torch.nn.init.orthogonal_(torch.empty(self.rank, self.rank)).to(w)": "w[: self.rank, : self.rank]"}, test_passes.test_sizes_at_their_ends_work_or_are_refused_in_words, r"rank \d+: refuse\(\) should say why, in words"),
+    "a size that does not fit": ({"if self.rank > min(": "if self.rank < 0 > min(", "torch.nn.init.orthogonal_(torch.empty(self.rank, self.rank)).to(w)": "w[: self.rank, : self.rank]"}, test_passes.test_huge_sizes_work_or_are_refused_in_words, r"rank \d+: refuse\(\) should say why, in words"),
 }  # fmt: skip
 
 
