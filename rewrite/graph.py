@@ -70,7 +70,8 @@ class Graph:
     the model's storage. `inputs` and `outputs` name the leaves, in order (`past_key_values.0.key`). `blocks` are the paths of the
     repeated modules. `checks` must hold for the inputs of each call. `opaque` maps the path of a module that stays one call to the
     reason, `notes` are fall-backs for the report. `variants` are the other graphs over the same root; one that `is_inner` is a leaf module inside
-    an opaque one, captured on its own: a part of the model that no other graph shows. `captured` is the graph before the passes, where one of
+    an opaque one, captured on its own: a part of the model that no other graph shows; `around` are the model's blocks then, `part` is what the leaf
+    is to a mixer ("in", "inner", "out"; "" where that is not known). `captured` is the graph before the passes, where one of
     them may be done again. `front`: how many tokens passes have put before the model's own. `known`: what has been worked out of this
     capture, which all copies share: the code of passes as it was traced, what ops give for which shapes.
     """
@@ -88,6 +89,8 @@ class Graph:
     variants: dict[str, "Graph"] = field(default_factory=dict)
     signature: object = None
     is_inner: bool = False
+    around: tuple[str, ...] = ()
+    part: str = ""
     captured: "Graph | None" = None
     bare: "Graph | None" = None
     front: int = 0

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from fractions import Fraction
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from rewrite.calls.inputs import Examples
 from rewrite.calls.signature import variants
 from rewrite.emit.live import make_live
 from rewrite.pipeline import apply, live_of
-from rewrite.roles.find import Roles, roles
+from rewrite.roles.find import Roles, everywhere, roles
 from rewrite.roles.where import ROLES, select
 from rewrite.spec.parse import Spec
 
@@ -39,6 +40,43 @@ def test_a_leaf_without_parameters_inside_an_opaque_module():
     model = nn.Sequential(nn.Linear(8, 8), Looped(), nn.Linear(8, 5)).eval()
     graph = capture(model, (torch.randn(3, 8) * 9,))
     assert list(graph.opaque) == ["1"]
+
+
+class Recurrent(nn.Module):
+    """A mixer in a loop over time, which stays one call; with `attends` it weighs what it has kept, as an attention does."""
+
+    def __init__(self, attends):
+        super().__init__()
+        self.attends, self.zeta, self.beta, self.alpha = attends, nn.Linear(8, 12), nn.Linear(12, 10), nn.Linear(10, 8)
+
+    def forward(self, x):
+        h, kept, state = self.zeta(x), [], 0
+        for t in range(h.shape[1]):
+            state = state / 2 + torch.tanh(self.beta(h[:, t]))
+            kept.append(state)
+        kept = torch.stack(kept, 1)
+        return self.alpha(kept.softmax(1) * kept if self.attends else kept)
+
+
+class Layer(nn.Module):
+    def __init__(self, mixer):
+        super().__init__()
+        self.norm, self.mixer = nn.LayerNorm(8), mixer
+
+    def forward(self, x):
+        return x + self.mixer(self.norm(x))
+
+
+@pytest.mark.parametrize("attends", [False, True])
+def test_leaves_of_a_mixer_that_stays_one_call(attends):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Layer(Recurrent(attends)) for _ in range(2)), nn.Linear(8, 5)).eval()
+    graph = capture(model, (torch.randn(3, 6, 8),))
+    assert set(graph.opaque) == {"0.mixer", "1.mixer"}
+    parts = ("mixer.in", "mixer.inner", "mixer.out") if not attends else ("linear",) * 3
+    leaves = [f"{i}.mixer.{name}" for i in (0, 1) for name in ("zeta", "beta", "alpha")]
+    assert {site.path: site.role for site in everywhere(graph) if ".mixer." in site.path} == dict(zip(leaves, parts * 2))
+    assert {site.depth for site in everywhere(graph)["linear"]} == {Fraction(1, 4), Fraction(3, 4)}
 
 
 class Counted(nn.Module):

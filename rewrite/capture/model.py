@@ -77,17 +77,23 @@ def capture(model, example=None, *, generation=True, stamp=True):
 def _inside(model, root, main, inner):
     """Graphs of the leaf modules inside those that stay one call, which call them: each a graph of its own, so that passes reach them."""
     graphs = []
-    for path, (shape, dtype, larger) in inner.items():
+    for path, (shape, dtype, larger, part) in inner.items():
         device = next(iter(attribute(model, path).parameters())).device
         name = next(iter(inspect.signature(attribute(model, path).forward).parameters))
         dims = {dim: f"size_{dim}" for dim, (size, other) in enumerate(zip(shape, larger)) if size != other}
         value = torch.zeros(shape, dtype=dtype, device=device)
         try:
             graph = _Capture(model, root, Variant(path, path, {name: value}, {name: dims}), {}, main).graph()
-            graphs.append(replace(graph, is_inner=True, blocks=()))
+            graphs.append(replace(graph, is_inner=True, blocks=(), around=main.blocks, part=part if _is_within(main, path) else ""))
         except Refused as reason:
             main.notes.append(f"{path}, inside an opaque module, is out of reach for passes: {reason}")
     return graphs
+
+
+def _is_within(main, path):
+    """Whether the opaque module around a leaf is a part of a block, and no whole one."""
+    at = max((opaque for opaque in main.opaque if path.startswith(f"{opaque}.")), key=len, default="")
+    return any(at.startswith(f"{block}.") for block in main.blocks)
 
 
 class _Capture:

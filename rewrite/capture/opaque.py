@@ -14,6 +14,7 @@ import sympy
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, track_tensor_tree
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..graph import attribute, clone_tree
@@ -78,7 +79,7 @@ def _outputs(tracer, path, given, spec):
                 sums[dim] += factor * (symbol - hints[symbol])
     larger = {symbol: hints[symbol] + 3 + 2 * place for place, symbol in enumerate(symbols)}
     check, _ = run(_sized(given, hints | larger)) if symbols else (first, tree)
-    tracer.inner.update((f"{path}.{name}", (*inner[name], run.calls[name][0])) for name in inner if name in run.calls)
+    tracer.inner.update((f"{path}.{name}", (*inner[name][:2], run.calls[name][0], inner[name][2])) for name in inner if name in run.calls)
     for sums, value in zip(grown, check):
         if sums is not None and [int(size.subs(hints | larger)) for size in map(sympy.sympify, sums)] != list(value.shape):
             raise TypeError(f"{path} returns sizes that depend on more than sums of its inputs' sizes")
@@ -113,7 +114,7 @@ def _sized(given, hints):
 class _runner:
     """inputs as `_sized` gives them → (flat outputs, tree); on fake tensors, from the first failure on with random ones.
 
-    `calls`: name of a leaf module inside → (shape, dtype) of the one tensor that the last run gave it.
+    `calls`: name of a leaf module inside → (shape, dtype) of the one tensor that the last run gave it, and its part (`_Trail`).
     """
 
     def __init__(self, tracer, path, spec):
@@ -131,19 +132,54 @@ class _runner:
                 del self.attempts[0]
 
 
-def _listen(module, calls):
+class _Trail(TorchFunctionMode):
+    """Which leaf modules stand behind each tensor of a run: who reads what the module was given is `in`, who makes what it returns is `out`.
+
+    Weights that sum up to one, and picks, are those of an attention or of experts: no parts of a mixer are told then.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.behind, self.kept, self.reads, self.is_mixer = {}, [], {}, True
+
+    def of(self, values):
+        return frozenset().union(*(self.behind.get(id(value), ()) for value in pytree.tree_leaves(values)))
+
+    def put(self, values, names):
+        for value in pytree.tree_leaves(values):
+            if isinstance(value, torch.Tensor):
+                self.behind[id(value)] = names
+                self.kept.append(value)  # no other tensor takes its place, and its id, while the run lasts
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        self.is_mixer = self.is_mixer and name not in ("softmax", "scaled_dot_product_attention", "topk")
+        if names := self.of((args, kwargs)):
+            self.put(args[0] if name == "__setitem__" else result, names)
+        return result
+
+    def part(self, name, outputs):
+        if not self.is_mixer:
+            return ""
+        return "out" if name in self.of(outputs) else "inner" if self.reads[name] else "in"
+
+
+def _listen(module, calls, trail):
     """Note what each leaf module with parameters of its own is given, where that is one tensor."""
 
-    def hook(name):
+    def before(name):
         def note(leaf, args, kwargs):
             if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):
                 calls[name] = tuple(args[0].shape), args[0].dtype
+                trail.reads[name] = trail.reads.get(name, frozenset()) | trail.of(args)
 
         return note
 
     for name, leaf in module.named_modules():
         if name and not leaf._modules and any(parameter is not None for parameter in leaf._parameters.values()):
-            leaf.register_forward_pre_hook(hook(name), with_kwargs=True)
+            leaf.register_forward_pre_hook(before(name), with_kwargs=True)
+            leaf.register_forward_hook(lambda leaf, args, result, name=name: trail.put(result, frozenset((name,))))
 
 
 def _alone(function):
@@ -190,8 +226,12 @@ def _numbers(tracer, path, spec, inputs, calls):
 
 
 def _call(module, spec, values, calls):
-    _listen(module, calls)
+    trail = _Trail()
+    _listen(module, calls, trail)
     for part in module.modules():
         part.__dict__["training"] = False
     args, kwargs = pytree.tree_unflatten(values, spec)
-    return pytree.tree_flatten(module(*args, **kwargs))
+    with trail:
+        outputs, tree = pytree.tree_flatten(module(*args, **kwargs))
+    calls.update({name: (*given, trail.part(name, outputs)) for name, given in calls.items()})
+    return outputs, tree

@@ -71,7 +71,7 @@ class Trace:
 
     `constants`: path → tensor made while tracing. `tree`: how the outputs are put together. `symbols`: name → sympy symbol. `hints`:
     symbol → its size in the example. `replacements`: what tracing put in a symbol's place. `called`: paths of the modules that ran.
-    `inner`: path of a leaf inside a module that stays one call → (shape, dtype, shape at larger sizes) of what it was given.
+    `inner`: path of a leaf inside a module that stays one call → (shape, dtype, shape at larger sizes) of what it was given, its part.
     `filled`: sizes that depend on values and were taken not to be zero → the line that asked. `stamped`: calls that were written down
     from one like them; `notes`: why others of them were not.
     """

@@ -9,7 +9,7 @@ from fractions import Fraction
 
 from torch import nn
 
-from ..graph import Graph, attribute, path_of
+from ..graph import Graph, attribute, path_of, shape
 from .affine import find_affine, union
 from .attention import find_attention, find_biases, find_projections
 from .branches import Mlp, branches, find_residuals, find_routed, find_routers, is_shared, mixer_part, read_branch, region
@@ -33,7 +33,7 @@ def roles(model_or_graph, example=None):
         graph = capture(model_or_graph, example)
     survey = _Survey(graph)
     sites = survey.sites()
-    return Roles(_inner(sites) if graph.is_inner else sites, survey.positions(sites))
+    return Roles(_inner(sites, graph.part) if graph.is_inner else sites, survey.positions(sites))
 
 
 def everywhere(graph):
@@ -42,10 +42,19 @@ def everywhere(graph):
     return Roles((*main, *(site for part in graph.variants.values() if part.is_inner for site in roles(part))), main.positions)
 
 
-def _inner(sites):
-    """The sites of a leaf module that was captured on its own: what it gives is not what the model gives."""
-    kept = [site for site in sites if site.role not in ("logits", "model")]
-    return [replace(site, role="linear", roles=("linear",)) if site.role.startswith("head") else site for site in kept]
+def _inner(sites, part):
+    """The sites of a leaf module that was captured on its own: what it gives is not what the model gives, but it may be a mixer's."""
+    kept = []
+    for site in sites:
+        if site.role in ("logits", "model"):
+            continue
+        if site.layout.kind in ("linear", "conv"):
+            roles = ("conv",) if site.layout.kind == "conv" else ("linear",)
+            is_window = site.layout.kind == "conv" and any(size != 1 for size in shape(site.handles["w"])[2:])
+            roles = (f"mixer.{'conv' if is_window else part}", *roles) if part else roles
+            site = replace(site, role=roles[0], roles=roles)
+        kept.append(site)
+    return kept
 
 
 class _Survey:
@@ -64,7 +73,7 @@ class _Survey:
         self.routed = find_routed(flow, self.routers)
         self.defaults = _defaults(graph)
         siblings = {}
-        for block in graph.blocks:
+        for block in graph.blocks or graph.around:
             siblings.setdefault(block.rpartition(".")[0], []).append(block)
         self._blocks = {block: number for blocks in siblings.values() for number, block in enumerate(blocks)}
         self._depths = {block: Fraction(2 * number + 1, 2 * len(blocks)) for blocks in siblings.values() for number, block in enumerate(blocks)}
@@ -341,7 +350,7 @@ class _Survey:
     def _block_sites(self):
         inside = {block: [] for block in self.graph.blocks}
         for node in self.flow.nodes:
-            if node.op in ("call_function", "call_module") and (block := self._block_of(node)[0]) is not None:
+            if node.op in ("call_function", "call_module") and (block := self._block_of(node)[0]) in inside:
                 inside[block].append(node)
         sites = []
         for block, nodes in inside.items():
