@@ -286,7 +286,8 @@ def _decided(edit, regions, partial, dequantize):
     refused = [f"{region.path}: {reason}" for region, reason in reasons.items() if reason]
     refused += [f"{path}: what {made} added there is not around an affine operation on a weight" for path, made in loose.items()]
     folding = [region for region, reason in reasons.items() if reason is None]
-    if not regions and not refused:
+    elsewhere = edit.graph.is_inner or any("made" in n.meta for part in edit.graph.variants.values() if part.is_inner for n in part.nodes)
+    if not regions and not refused and not elsewhere:
         raise Refused(f"{edit.step.place}: merge: nothing was added to a weight, so there is nothing to merge. Weights in codes alone stay in them.")
     if refused and not (partial and folding):
         more = f"\n… and {len(refused) - 5} more" if len(refused) > 5 else ""
