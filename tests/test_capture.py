@@ -297,7 +297,12 @@ class Steps(nn.Module):
         return torch.stack(out, 1)
 
 
-@pytest.mark.parametrize("between", [Halve, Steps])
+class Mapped(nn.Module):
+    def forward(self, x):
+        return torch.vmap(lambda row: row * 2 + 1)(x)
+
+
+@pytest.mark.parametrize("between", [Halve, Steps, Mapped])
 def test_what_cannot_be_captured_stays_one_call(between):
     graph = check_toy(Stack(between()), shapes=[*SHAPES, (2, 24)], opaque=["between"])
     assert [n.target for n in graph.nodes if n.op == "call_module"] == ["between"]

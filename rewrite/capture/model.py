@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from ..calls.signature import sign
 from ..calls.variants import Variant, variants
 from ..errors import Refused
-from ..graph import Check, Graph, attribute, clone_tree, has_attribute, install, select
+from ..graph import HOST, Check, Graph, attribute, clone_tree, has_attribute, install, select
 from .align import Alignment, Misaligned
 from .coded import mark, read_modules
 from .fakes import uncollected
@@ -181,6 +181,9 @@ class _Capture:
         result = trace(self.model, self.variant, training=training, cast=cast, seed=seed, least=least, opaque=opaque, stamp=self.stamp)
         _keep_checks(result)
         tidy(result.graph)
+        for node in result.graph.nodes:
+            if node.op == "call_function" and node.target not in HOST and not isinstance(node.target, torch._ops.OpOverload):
+                raise Misaligned(node.meta.get("path", ""), f"{node.target} is no op of a graph")
         return result
 
     def _around(self, path):
