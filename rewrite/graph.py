@@ -144,6 +144,10 @@ def attribute(root, path):
     """The attribute of a module tree at a dotted path (a tensor, a module, a flag). Raises AttributeError with the path."""
     value = root
     for name in path.split(".") if path else ():
+        children = getattr(value, "_modules", None)
+        if children and name in children:  # what nn.Module itself finds only after a failure
+            value = children[name]
+            continue
         try:
             value = getattr(value, name)
         except AttributeError:

@@ -232,8 +232,8 @@ def rows_in(flow, operation, inside):
             rows.append(numbers[node].reshape(-1))
     if not rows:
         return None
-    found = torch.unique(torch.cat(rows))
-    return Rows.of(found[found >= 0], total)
+    found = torch.bincount(torch.cat(rows).clamp(min=-1) + 1, minlength=total + 1)[1:]  # counted, not sorted: there is one for each element
+    return Rows.of(found.nonzero().flatten(), total)
 
 
 def union(claims, total):
