@@ -298,8 +298,8 @@ def test_what_has_other_rows_is_refused():
         rewrite(double("llama"), batch_of({"fr": [{"pass": "prefix_propagation", "length": 3}]}))
     with pytest.raises(Refused, match="one value of positions serves all rows here"):
         rewrite(double("bert"), batch_of({"fr": [{"pass": "prefix_tuning", "length": 3, "shift": True}]}))
-    with pytest.raises(Refused, match="an embedding with other weights for each row"):
-        rewrite(double("gpt2"), batch_of({"fr": [{"pass": "lora", "where": "embed.position", "rank": 2}]}))
+    with pytest.raises(Refused, match="a whole table for each row would be made"):
+        rewrite(double("gpt2"), batch_of({"fr": [{"pass": "diff_pruning", "where": "embed.position"}]}))
     with pytest.raises(Refused, match="an earlier step of 'fr' has replaced the weight"):
         rewrite(double("llama"), batch_of({"fr": [*ONE["dora"], *ONE["hira"]]}))
 
@@ -417,6 +417,34 @@ def test_rows_have_their_own_prompt(family):
             wanted, found, other = (values[:, given["attention_mask"][row].bool()] for values in (wanted, found, other))
         close(reference=wanted, result=found, drift=EXACT)
         rejects(reference=wanted, result=other, drift=EXACT)
+
+
+OTHERS = {
+    "gpt2": {"em": [{"pass": "lora", "where": ["embed", "embed.position"], "rank": 2}], "sh": [{"pass": "prefix_tuning", "length": 3, "shift": True}]},
+    "bert": {"no": [{"pass": "adapter", "where": "mlp", "bottleneck": 4, "read": "normed"}], "ap": [{"pass": "apt", "length": 3}]},
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_tables_positions_norms_and_first_tokens(family):
+    adapters = OTHERS[family]
+    live, ids, chosen = awake(rewrite(double(family), batch_of(adapters))).eval(), ids_of(3), torch.tensor([1, -1, 0])
+    logits = live(input_ids=ids, adapter_ids=chosen).logits
+    logits.square().sum().backward()
+    for row, number in enumerate(chosen.tolist()):
+        single = double(family) if number < 0 else by_itself(double(family), live, [*adapters][number])
+        wanted = single(input_ids=ids[row : row + 1]).logits
+        close(reference=wanted, result=logits[row : row + 1], drift=EXACT)
+        if number < 0:
+            continue
+        rejects(reference=double(family)(input_ids=ids[row : row + 1]).logits, result=logits[row : row + 1], drift=EXACT)
+        wanted.square().sum().backward()
+        for path, of in live.report.stacked.items():
+            for own in of.values() if [*adapters][number] in of else ():
+                grad = g.attribute(single, own).grad
+                close(reference=grad, result=tensor_of(live, path).grad[0], drift=1e-9)
+                if grad.any():  # a relu may be shut
+                    rejects(reference=grad, result=tensor_of(live, path).grad[0] * 1.001, drift=1e-9)
 
 
 @pytest.mark.parametrize("adapters", [PREFIXED, TWO, PROMPTED], ids=["methods", "lengths", "prompts"])

@@ -248,7 +248,7 @@ class Edit(Reading):
                 if nodes[name] is None and name not in {*site.handles, "x", "w", "b", "y"}:
                     raise Refused(f"{place}: {noun}() asks for {name!r}; this site has {', '.join(site.handles)} and the new tensors {', '.join(paths) or 'none'}.")
         functions = {name: f for name, f in functions.items() if f is not None}
-        extras = tuple(dict.fromkeys(node for f in functions.values() for node in f.reads))
+        extras = tuple(dict.fromkeys(self.attribute(node.target) if node.op == "get_attr" else node for f in functions.values() for node in f.reads))
         facts = {name: self.value(site, name) for name in FACTS if name in asked}
         names = [name for name, node in nodes.items() if node is not None]
         inputs = [*(nodes[name] for name in names), *extras]

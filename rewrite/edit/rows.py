@@ -30,6 +30,7 @@ from .tensors import NewTensors, Seen, _tensor
 
 aten = torch.ops.aten
 _RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints}
+_NORMS = {aten.layer_norm.default, aten.rms_norm.default}
 _HANDLES = (*dict.fromkeys(REPLACES.values()), "ids", "mask")
 
 
@@ -157,8 +158,10 @@ class RowsEdit(Edit):
             return "it lies inside an opaque module, whose rows are not known" if self.graph.is_inner else "the batch size is not free in this capture"
         options = self.step.options
         asked = {name for noun in options.nouns() for name in wants(getattr(options, noun))}
-        if operation is not None and operation.kind in ("conv", "embedding") and ({"op", "mix"} & asked or hasattr(options, "weight")):
-            return f"{'a convolution' if operation.kind == 'conv' else 'an embedding'} with other weights for each row cannot be followed while the batch size is free"
+        if operation is not None and operation.kind == "conv" and ({"op", "mix"} & asked or hasattr(options, "weight")):
+            return "a convolution with other weights for each row cannot be followed while the batch size is free"
+        if operation is not None and operation.kind == "embedding" and hasattr(options, "weight"):
+            return "a whole table for each row would be made, of which a few entries are read. Take a method that adds to the output, such as lora"
         if {"f", "copy", "key_of", "value_of"} & asked:
             return "its body is run again, which is not done for each row of a batch"
         if hasattr(options, "carry") or options.no_grad:
@@ -243,7 +246,7 @@ class RowsEdit(Edit):
             functions["op"] = self.function(site, "op")
         nodes = {name: node for name, node in nodes.items() if node is not None}
         nodes |= {" current": current} if deep else {}
-        extras = tuple(dict.fromkeys(node for f in functions.values() for node in f.reads))
+        extras = tuple(dict.fromkeys(self.attribute(node.target) if node.op == "get_attr" else node for f in functions.values() for node in f.reads))
         inputs = [*nodes.values(), *extras, *self.chosen]
         facts = {name: self.value(site, name) for name in FACTS if name in asked}
         kinds = tuple("stack" if name in paths else self.rows(node) for name, node in (*nodes.items(), *((None, node) for node in extras)))
@@ -311,7 +314,8 @@ def _by_row(value, batch):
 
 
 class _BeneathVmap(TorchFunctionMode):
-    """Writes what vmap cannot follow at sizes that are symbols: a linear with its bias, dropout, whose flag then is a number in an argument, a cat."""
+    """Writes what vmap cannot follow at sizes that are symbols: a linear with its bias, dropout, whose flag then is a number in an argument, a cat, a
+    table for each row, a norm."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.linear:
@@ -320,6 +324,10 @@ class _BeneathVmap(TorchFunctionMode):
             return self._dropout(*args, **(kwargs or {}))
         if function is torch.cat:
             return self._cat(*args, **(kwargs or {}))
+        if function is aten.embedding.default:
+            return self._embedding(*args)
+        if function in _NORMS:
+            return self._norm(function, *args)
         return function(*args, **(kwargs or {}))
 
     @staticmethod
@@ -331,6 +339,24 @@ class _BeneathVmap(TorchFunctionMode):
     def _dropout(input, p=0.5, training=True, inplace=False):
         p = p * training
         return input * (torch.rand_like(input) >= p) / (1.0 - p)
+
+    @staticmethod
+    def _norm(function, value, *rest):
+        level = _functorch.maybe_current_level()
+        raw, axis = _functorch._unwrap_batched(value, level)
+        if axis is None:
+            return function(value, *rest)
+        return _functorch._add_batch_dim(function(raw.movedim(axis, 0), *rest), 0, level)  # over the last axes
+
+    @staticmethod
+    def _embedding(weight, ids, *rest):
+        level = _functorch.maybe_current_level()
+        (table, axis), (ids, dim) = _functorch._unwrap_batched(weight, level), _functorch._unwrap_batched(ids, level)
+        if axis is None or dim is None:
+            return aten.embedding.default(weight, ids, *rest)
+        table, ids = table.movedim(axis, 0), ids.movedim(dim, 0)
+        found = table.gather(1, ids.flatten(1).unsqueeze(-1).expand(-1, -1, table.shape[-1]))
+        return _functorch._add_batch_dim(found.view(*ids.shape, table.shape[-1]), 0, level)
 
     @staticmethod
     def _cat(tensors, dim=0):
