@@ -173,7 +173,7 @@ def grouped_lora(device, dtype):
                 given = (y, x, down, up, slot, mask, 2.0)
                 leaves = tuple(t.requires_grad_() for t in given[1:4])
                 ways = {
-                    "plain ops": Way(lambda: grouped.reference(*given), leaves),  # the body that a batch runs by vmap
+                    "plain ops": Way(lambda: grouped.in_a_batch(*given), leaves),  # what a batch runs
                     "grouped_lora": Way(lambda: grouped.launch(*given), leaves),
                     "grouped_lora, library": Way(lambda: grouped.launch(*given, grouped.ByLibrary(slot, mask, look=True)), leaves),
                 }

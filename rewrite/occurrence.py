@@ -62,6 +62,7 @@ def patterns(op, values):
     left out in one of them."""
     signature = inspect.signature(op.reference, eval_str=True)
     names = tuple(signature.parameters)
+    meaning = getattr(op, "pattern", op.reference)  # a pattern of its own says what a batch says, whose bodies are traced after dispatch
     optional = [name for name, p in signature.parameters.items() if type(None) in typing.get_args(p.annotation)]
     numbers = {name: 0.8125 + i / 4096 for i, (name, p) in enumerate(signature.parameters.items()) if p.annotation is float}
     sizes = {name: value for name, value in values.items() if isinstance(value, list)}
@@ -71,9 +72,9 @@ def patterns(op, values):
         tensors = {name: values[name] for name in names if name in values and name not in (*absent, *sizes)}
 
         def call(*given):
-            return op.reference(**dict(zip(tensors, given)), **dict.fromkeys(absent), **numbers, **sizes)  # noqa: B023
+            return meaning(**dict(zip(tensors, given)), **dict.fromkeys(absent), **numbers, **sizes)  # noqa: B023
 
-        graph = make_fx(call, pre_dispatch=not getattr(op, "dispatched", False))(*tensors.values()).graph
+        graph = make_fx(call, pre_dispatch=meaning is op.reference)(*tensors.values()).graph
         placeholders = [n for n in graph.nodes if n.op == "placeholder"]
         root = next(iter(reversed(graph.nodes))).args[0]
         found.append(Pattern(op, root, dict(zip(placeholders, tensors)), literals, names))

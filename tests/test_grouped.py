@@ -24,7 +24,7 @@ CASES = cases.CASES
 def test_launch_is_as_exact_as_the_plain_ops(case):
     tensors, grad = cases.given(case)
     exact, plain = cases.exactly(case)
-    for function in (k.launch, k.grouped_lora):
+    for function in (k.launch, k.grouped_lora, k.in_a_batch):
         for reference, usual, ours in zip(exact, plain, cases.run(function, tensors, grad)):
             assert error(reference, ours) <= allowed(error(reference, usual), CASES[case][6])
     broken = cases.run(k.launch, [*tensors[:5], ~tensors[5], tensors[6]], grad)
