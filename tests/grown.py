@@ -272,7 +272,7 @@ def steps(draw, names, roles, number, where=None):
 @st.composite
 def parts(draw, roles, number):
     """A part of a spec: steps, or steps side by side on the same sites."""
-    form = draw(st.sampled_from(["alone"] * 5 + ["parallel", "choose", "batch"]))
+    form = draw(st.sampled_from(["alone", "alone", "parallel", "choose", "batch"]))
     if form == "alone":
         return draw(steps(ALONE, roles, number))
     where = draw(st.sampled_from(roles))
