@@ -35,6 +35,7 @@ def ways(layers):
         "adapter after the upper half": ([{"pass": "adapter", "where": half, "bottleneck": 32}], False),
         "adapterdrop, half": ([{"pass": "adapterdrop", "where": "mlp", "bottleneck": 32, "drop": layers // 2}], False),
         "lst": ([{"pass": "lst", "where": "block", "width": 32}], False),
+        "meft": ([{"pass": "meft", "where": "block", "bottleneck": 32}], False),
         "ipa": ([{"pass": "ipa", "where": "logits", "width": 32}], False),
     }
 
