@@ -357,6 +357,8 @@ def test_summary_and_table():
 def test_sites_that_differ_by_their_block_alone_are_one_line():
     lines = str(roles(captured("gemma3"))).splitlines()
     assert [line.split()[1] for line in lines if line.startswith("mlp.up ")] == ["model.layers.{0..1}.mlp.up_proj"]
+    residuals = [line.split()[1] for line in str(roles(captured("whisper"))).splitlines() if line.startswith("residual") and "decoder" in line]
+    assert residuals == [f"model.decoder.layers.{{0..1}}[{number}]" for number in range(3)]
     (q,) = (line for line in str(roles(captured("clip"))).splitlines() if "text_model" in line and line.startswith("attention.q"))
     found = select(roles(captured("clip")), {"path": q.split()[1], "expect": 2})  # the name is a path that `where` takes
     assert {site.role for site in found} == {"attention.q"}

@@ -132,7 +132,8 @@ class Site:
     @property
     def name(self):
         """The path, with the label and the call that tell it from its neighbours."""
-        label = "" if self.path.endswith(f".{self.label}") else self.label.rpartition(".")[2]
+        is_own = self.path.endswith(f".{self.label}") and not self.label.isdigit()  # the parameter's name, which the path has already
+        label = "" if is_own else self.label.rpartition(".")[2]
         return self.path + (f"[{label}]" if label else "") + (f"#{self.call}" if self.call else "")
 
     @property
