@@ -282,6 +282,27 @@ def test_the_live_model_is_the_one_with_these_numbers(name):
     rejects(reference=output(even()), result=output(live), drift=rounding(torch.float32))
 
 
+@functools.cache
+def experts():
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=30, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128, num_local_experts=3, max_position_embeddings=64)
+    return T.MixtralForCausalLM(T.MixtralConfig(**sizes)).eval()
+
+
+@pytest.mark.parametrize("name", ["nf4", "int4 zeros", "fp8 blocks"])
+def test_experts_are_quantised_one_by_one(name, monkeypatch):
+    monkeypatch.setattr(pipeline, "capture", lambda model, example=None: captured(model, example))
+    live, plain = rewrite(experts(), {"passes": [{**step(name), "where": "expert.*"}]}), copy.deepcopy(experts())
+    assert len(live.report.released) == 2
+    for path in live.report.released:
+        stacked = plain.get_parameter(path).data
+        for w in stacked:
+            module, tensors = quantized(name, w.clone())
+            w.copy_(numbers(module, tensors, w.shape, torch.float32, "reference"))
+    close(reference=output(plain), result=output(live), drift=rounding(torch.float32))
+    rejects(reference=output(experts()), result=output(live), drift=rounding(torch.float32))
+
+
 def test_fewer_bits_and_larger_groups_err_more():
     w, error = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)), {}
     for name in (*FORMATS, "int4 wide"):

@@ -266,6 +266,9 @@ class Edit(Reading):
         anchor = max([n for n in inputs if n.op not in ("get_attr", "placeholder")], default=None)
         # a weight's new value goes right before what reads it there, anything else right after the last thing that it needs
         reader = operation is not None and target in ("w", "b") and (operation.chain or (operation.node,))[0]
+        if reader and anchor is not None and reader < anchor:  # experts turn their weight before the x is there that its new value asks the dtype of
+            for step in operation.chain:
+                operation.node.prepend(step)
         following = anchor.next if anchor is not None else min(current.users) if current is not None else self.handle(site, "y")
         while following in self.aside:  # steps side by side stand in the order of the spec
             following = following.next
