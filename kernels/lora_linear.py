@@ -32,6 +32,11 @@ def reference(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, down: to
     return F.linear(x, w, b) + scale * F.linear(F.linear(x, down), up)
 
 
+def turned(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
+    """As Conv1D writes it: rows of x, w stored in × out."""
+    return torch.addmm(b, x, w) + scale * F.linear(torch.mm(x, down.permute(1, 0)), up)
+
+
 @triton.jit
 def product_plus_low_rank(
     A, B, P, Q, BIAS, OUT, scale, M, N, K,
@@ -152,3 +157,4 @@ def _backward(ctx, grad):
 
 
 lora_linear = Op(reference, launch).differentiates(_keep, _backward)
+lora_linear.turned = turned

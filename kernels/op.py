@@ -11,16 +11,16 @@ import torch
 
 
 class Op:
-    """An op named after the file of its reference. `fake` gives an empty result of the right shape and dtype where the reference would be slow to ask."""
+    """An op named after the file of its reference, or `name`. `fake` gives an empty result of the right shape and dtype where the reference would be slow to ask."""
 
-    def __init__(self, reference, launch, fake=None):
+    def __init__(self, reference, launch, fake=None, name=None):
         self.reference, self.launch = reference, launch
-        self.name = reference.__module__.rpartition(".")[2]
+        self.name = name or reference.__module__.rpartition(".")[2]
         definition = torch.library.custom_op(f"rewrite::{self.name}", reference, mutates_args=())
         definition.register_fake(fake or reference)
         self.definition = definition
         self.overload = getattr(torch.ops.rewrite, self.name).default
-        self.overload.reference, self.overload.launch = reference, launch
+        self.overload.made_by, self.overload.reference, self.overload.launch = self, reference, launch
 
     def differentiates(self, keep, backward):
         """Give the registered op its rule: `keep(ctx, inputs, output)` and `backward(ctx, *grads)`. Returns the op."""

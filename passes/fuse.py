@@ -4,6 +4,10 @@
     -->
     y = lora_linear(x, w, b, down, up, scale)
 
+    q, k, v = each such a sum of one x, w perhaps in codes
+    -->
+    q, k, v = lora_linears_1_1_1(x, w_0, b_0, down_0, up_0, scale_0, w_1, …)
+
     y = linear(x, dequant_nf4(codes, scales, nested), b)
     -->
     y = linear_nf4(x, codes, scales, nested, b)
@@ -25,7 +29,7 @@ from rewrite.kernels.linear_fp8 import linear_fp8
 from rewrite.kernels.linear_int4 import linear_int4
 from rewrite.kernels.linear_int8 import linear_int8
 from rewrite.kernels.linear_nf4 import linear_nf4
-from rewrite.kernels.lora_linear import lora_linear
+from rewrite.kernels.lora_linears import lora_linears
 
 from rewrite.contract import Pass
 from rewrite.fuse import fuse
@@ -42,18 +46,28 @@ class Fuse(Pass):
             return "no pass before it has added anything. Put it after the passes whose work is to be fused."
 
     def apply(self, edit, sites):
-        return fuse(edit, ops())
+        coded = {node.target.made_by.name for node in edit.graph.nodes if hasattr(node.target, "made_by")}
+        return fuse(edit, ops([None, *(name.removeprefix("dequant_") for name in sorted(coded) if name.startswith("dequant_"))]), together)
 
 
-def ops():
-    """Each op with a small tensor for each of its arguments, and sizes where it asks for them."""
+def together(ops):
+    """The op of several with adapters that read one x."""
+    if not all(hasattr(op, "counts") for op in ops) or len({op.format for op in ops}) > 1:
+        return None
+    return lora_linears(tuple(n for op in ops for n in op.counts), ops[0].format)
+
+
+def ops(formats):
+    """Each op with a small tensor for each of its arguments, and sizes where it asks for them; with adapters over the formats that there are."""
     new = lambda *shape, dtype=torch.float32: torch.zeros(shape, dtype=dtype)  # noqa: E731
     linear = {"x": new(3, 6), "b": new(7)}
     whole = {**linear, "codes": new(7, 6, dtype=torch.uint8), "scales": new(7, 1, dtype=torch.int32)}
     table = {**linear, "codes": new(21, dtype=torch.uint8), "scales": new(1, dtype=torch.int32), "nested": new(2, dtype=torch.int32), "shape": [7, 6]}
     rows = {"y": new(3, 4, 7), "x": new(3, 4, 6)}
+    one = {**linear, "w": new(7, 6), "down": new(2, 6), "up": new(7, 2)}
+    two = {**one, "down_0": new(2, 6), "up_0": new(7, 2), "down_1": new(3, 6), "up_1": new(7, 3)}
     return [
-        (lora_linear, {**linear, "w": new(7, 6), "down": new(2, 6), "up": new(7, 2)}),
+        *((lora_linears(counts, form), values) for form in formats for counts, values in (((1,), one), ((2,), two))),
         (linear_int8, {**whole, "codes": new(7, 6, dtype=torch.int8)}),
         (linear_int4, {**whole, "codes": new(7, 3, dtype=torch.uint8), "zeros": new(7, 1, dtype=torch.uint8), "shape": [7, 6]}),
         (linear_nf4, table),

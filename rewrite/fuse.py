@@ -3,6 +3,7 @@
 A node made here remembers in `meta["fused"]` the names of the captured nodes that it stands for, and in `meta["apart"]` how to take it apart again.
 """
 
+import operator
 from dataclasses import replace
 
 import torch
@@ -12,28 +13,38 @@ from torch.utils import _pytree as pytree
 from . import graph as g
 from .errors import Refused
 from .occurrence import occurrences, patterns
+from .training.backward import REGION
 
 #: what nodes ask of a value at hand, and an op asks itself
 ASKED = (g.dtype_of, torch.ops.aten.sym_size.int)
 
 
-def fuse(edit, ops):
+def fuse(edit, ops, together=None):
     """Fuse a graph; `ops` are pairs of an op and a small tensor for each of its tensor arguments. Returns the sites, [(path, op)].
+
+    together(ops): the one op that does the work of several that read the same first argument, which gives a tuple; None where there is none.
 
     What passes have made and no op covers goes to `edit.declined` with the reason. Raises Refused where there is nothing to fuse at all.
     """
     graph = edit.graph
-    variants = edit.memo.setdefault(("patterns", edit.step.place), [p for op, values in ops for p in patterns(op, values)])
-    found, reasons = occurrences(graph.fx, variants)
+    known = edit.memo.setdefault(("patterns", edit.step.place), {})
+    for op, values in ops:
+        if op not in known:
+            known[op] = patterns(op, values)
+    found, reasons = occurrences(graph.fx, [p for op, _ in ops for p in known[op]])
     sites, fused = [], {}
     for occurrence in found:
         occurrence = replace(occurrence, args=tuple(fused.get(arg, arg) if isinstance(arg, fx.Node) else arg for arg in occurrence.args))
         root = occurrence.root
         near = next((n for n in (root, *occurrence.inner) if "site" in n.meta), root)
         captured = tuple(n.name for n in (*occurrence.inner, root) if "made" not in n.meta)
+        own, args = {**near.meta, "made": edit.kind, "role": f"made.{edit.kind}"}, list(occurrence.args)
         with graph.fx.inserting_before(root):
-            node = graph.fx.call_function(occurrence.op.overload, occurrence.args)
-        node.meta = {**near.meta, "made": edit.kind, "role": f"made.{edit.kind}", "fused": captured, "val": root.meta["val"], "apart": _apart(occurrence)}
+            for i in occurrence.turned:
+                args[i] = graph.fx.call_function(torch.ops.aten.permute.default, (source := args[i], [1, 0]))
+                args[i].meta = {**own, "fused": (), "val": source.meta["val"].permute(1, 0)}
+            node = graph.fx.call_function(occurrence.op.overload, tuple(args))
+        node.meta = {**own, "fused": captured, "val": root.meta["val"], "apart": _apart(occurrence), "turned": occurrence.turned}
         root.replace_all_uses_with(node)
         fused[root] = node
         gone = (root, *sorted(occurrence.inner, reverse=True))
@@ -44,6 +55,8 @@ def fuse(edit, ops):
             if not old.users and old not in gone:
                 graph.fx.erase_node(old)
         sites.append((near.meta.get("site", near.meta.get("path", "")), occurrence.op.name))
+    if together is not None:
+        _together(graph, together)
     edit.by_name = {node.name: node for node in graph.nodes}
     edit.restructured = True
     edit.declined += _left(graph, reasons)
@@ -76,9 +89,12 @@ class _Named(str):
 def unfuse(edit):
     """Take the fused nodes of a graph apart into what they stand for."""
     graph = edit.graph
+    for node in [node for node in graph.nodes if "together" in node.meta]:
+        _asunder(graph, node)
     fused = [node for node in graph.nodes if node.meta.get("apart")]
     for node in fused:
-        env = {f"%{i}": arg for i, arg in enumerate(node.args)}
+        views = [node.args[i] for i in node.meta["turned"]]
+        env = {f"%{i}": arg.args[0] if i in node.meta["turned"] else arg for i, arg in enumerate(node.args)}
         read = lambda value: pytree.tree_map(lambda leaf: env[leaf] if isinstance(leaf, _Named) else leaf, value)  # noqa: B023, E731
         with graph.fx.inserting_before(node):
             for name, target, args, kwargs, meta in node.meta["apart"]:
@@ -86,9 +102,52 @@ def unfuse(edit):
                 made.meta = dict(meta)
         node.replace_all_uses_with(made)
         graph.fx.erase_node(node)
+        for turned in views:
+            graph.fx.erase_node(turned)
     if fused:
         edit.by_name = {node.name: node for node in graph.nodes}
         edit.restructured = True
+
+
+def _together(graph, together):
+    """Ops of one module that read one value become one op, where the first of them stands: what the others read must be there by then."""
+    alike = {}
+    for node in graph.nodes:
+        if "fused" in node.meta and hasattr(node.target, "made_by"):
+            alike.setdefault((node.args[0], node.meta.get("site", "").rpartition(".")[0], node.meta.get(REGION)), []).append(node)
+    for (x, *_), nodes in alike.items():
+        first = nodes[0]
+        nodes = [n for n in nodes if all(a.op == "get_attr" or a < first for a in n.all_input_nodes)]
+        op = together([n.target.made_by for n in nodes]) if len(nodes) > 1 else None
+        if op is None:
+            continue
+        for read in dict.fromkeys(a for n in nodes[1:] for a in n.all_input_nodes if not a < first):
+            first.prepend(read)  # a tensor of the model may be read anywhere
+        with graph.fx.inserting_before(first):
+            made = graph.fx.call_function(op.overload, (x, *(a for n in nodes for a in n.args[1:])))
+            made.meta = {**first.meta, "fused": tuple(name for n in nodes for name in n.meta["fused"]), "val": tuple(n.meta["val"] for n in nodes), "apart": None}
+            made.meta["together"] = tuple((n.target, len(n.args) - 1, n.meta) for n in nodes)
+            for i, node in enumerate(nodes):
+                part = graph.fx.call_function(operator.getitem, (made, i))
+                part.meta = {**node.meta, "fused": (), "apart": None}
+                node.replace_all_uses_with(part)
+        for node in nodes:
+            graph.fx.erase_node(node)
+
+
+def _asunder(graph, node):
+    """What `_together` has put together, each by itself again."""
+    x, *rest = node.args
+    parts = {part.args[1]: part for part in node.users}
+    for i, (target, width, meta) in enumerate(node.meta["together"]):
+        given, rest = rest[:width], rest[width:]
+        if i in parts:
+            with graph.fx.inserting_before(min(parts[i].users, default=parts[i])):  # where it is read, as before
+                alone = graph.fx.call_function(target, (x, *given))
+            alone.meta = dict(meta)
+            parts[i].replace_all_uses_with(alone)
+            graph.fx.erase_node(parts[i])
+    graph.fx.erase_node(node)
 
 
 def _left(graph, reasons):

@@ -26,13 +26,15 @@ SHAPES = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torc
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
-    """A traced variant of a reference: `root` gives its result, `names` maps placeholders to arguments, `literals` numbers and sizes to the arguments that they stand for."""
+    """A traced variant of a reference: `root` gives its result, `names` maps placeholders to arguments, `literals` numbers and sizes to the arguments that they stand for,
+    `turned` the arguments that it has in × out where the op has them out × in."""
 
     op: object
     root: fx.Node
     names: dict
     literals: dict
     arguments: tuple[str, ...]
+    turned: tuple[str, ...] = ()
 
     @property
     def size(self):
@@ -41,12 +43,13 @@ class Pattern:
 
 @dataclass(frozen=True, eq=False)
 class Occurrence:
-    """A pattern found: `root` is the node whose value it gives, `inner` the nodes that only it reads, `args` those of the op."""
+    """A pattern found: `root` is the node whose value it gives, `inner` the nodes that only it reads, `args` those of the op; those at `turned` are to be transposed."""
 
     op: object
     root: fx.Node
     inner: tuple[fx.Node, ...]
     args: tuple
+    turned: tuple[int, ...] = ()
 
 
 class Differs(Exception):
@@ -59,26 +62,73 @@ class Differs(Exception):
 
 def patterns(op, values):
     """The variants of an op's reference: `values` gives a small tensor for each tensor argument and a list for each list of sizes; what may be None is
-    left out in one of them."""
-    signature = inspect.signature(op.reference, eval_str=True)
-    names = tuple(signature.parameters)
-    meaning = getattr(op, "pattern", op.reference)  # a pattern of its own says what a batch says, whose bodies are traced after dispatch
-    optional = [name for name, p in signature.parameters.items() if type(None) in typing.get_args(p.annotation)]
-    numbers = {name: 0.8125 + i / 4096 for i, (name, p) in enumerate(signature.parameters.items()) if p.annotation is float}
+    left out in one of them.
+
+    `op.turned` is the reference as it reads with w stored in × out. Where an op has `over`, the op that makes its w from codes, its patterns are
+    those of `op.uncoded`, which takes w itself, with that op in the place of w.
+    """
+    over = getattr(op, "over", None)
+    plain = op if over is None else op.uncoded
+    found = [_traced(plain, getattr(plain, "pattern", plain.reference), values, absent) for absent in _absent(plain.reference)]
+    if hasattr(plain, "turned"):
+        found.append(_traced(plain, plain.turned, values | {"w": values["w"].mT}, (), ("w",)))
+    if over is None:
+        return found
+    names = tuple(inspect.signature(op.reference).parameters)
+    return [_coded(pattern, op, names, absent) for pattern in found for absent in _absent(over.reference)]
+
+
+def _absent(reference):
+    """Each choice of the arguments that may be None."""
+    optional = [name for name, p in inspect.signature(reference, eval_str=True).parameters.items() if type(None) in typing.get_args(p.annotation)]
+    return [some for n in range(len(optional) + 1) for some in itertools.combinations(optional, n)]
+
+
+def _traced(op, reference, values, absent, turned=()):
+    parameters = inspect.signature(op.reference, eval_str=True).parameters
+    numbers = {name: 0.8125 + i / 4096 for i, (name, p) in enumerate(parameters.items()) if p.annotation is float}
     sizes = {name: value for name, value in values.items() if isinstance(value, list)}
     literals = {value: name for name, value in numbers.items()} | {tuple(value): name for name, value in sizes.items()}
-    found = []
-    for absent in (some for n in range(len(optional) + 1) for some in itertools.combinations(optional, n)):
-        tensors = {name: values[name] for name in names if name in values and name not in (*absent, *sizes)}
+    tensors = {name: values[name] for name in parameters if name in values and name not in (*absent, *sizes)}
+    fixed = {**dict.fromkeys(absent), **numbers, **sizes}
 
-        def call(*given):
-            return meaning(**dict(zip(tensors, given)), **dict.fromkeys(absent), **numbers, **sizes)  # noqa: B023
+    def call(*given):
+        known = dict(zip(tensors, given)) | fixed
+        return reference(*(known[name] for name in parameters))
 
-        graph = make_fx(call, pre_dispatch=meaning is op.reference)(*tensors.values()).graph
-        placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-        root = next(iter(reversed(graph.nodes))).args[0]
-        found.append(Pattern(op, root, dict(zip(placeholders, tensors)), literals, names))
-    return found
+    batched = reference is getattr(op, "pattern", None)  # a pattern of its own says what a batch says, whose bodies are traced after dispatch
+    graph = make_fx(call, pre_dispatch=not batched)(*tensors.values()).graph
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    root = next(iter(reversed(graph.nodes))).args[0]
+    return Pattern(op, root, dict(zip(placeholders, tensors)), literals, tuple(parameters), turned)
+
+
+def _coded(pattern, op, names, absent):
+    """A pattern with the op that makes w in the place of w."""
+    copy = fx.Graph()
+    env = {}
+    root = copy.graph_copy(pattern.root.graph, env)
+    copy.output(root)
+    w = next(env[p] for p, name in pattern.names.items() if name == "w")
+    known, literals, args = {env[p]: name for p, name in pattern.names.items() if name != "w"}, dict(pattern.literals), []
+    with copy.inserting_before(w):
+        for name, p in inspect.signature(op.over.reference, eval_str=True).parameters.items():
+            if p.annotation is torch.dtype:
+                args.append(torch.float32)
+            elif name in absent:
+                args.append(None)
+            elif p.annotation in (torch.Tensor, torch.Tensor | None):
+                args.append(copy.placeholder(name))
+                known[args[-1]] = name
+            else:
+                args.append([-1])  # sizes: whatever stands there
+                literals[-1,] = name
+        made = copy.call_function(op.over.overload, tuple(args))
+        if "w" in pattern.turned:
+            made = copy.call_function(torch.ops.aten.permute.default, (made, [1, 0]))
+    w.replace_all_uses_with(made)
+    copy.erase_node(w)
+    return Pattern(op, root, known, literals, names)
 
 
 def occurrences(graph, found_patterns):
@@ -120,7 +170,7 @@ def _match(pattern, root):
     outer = next((node for name, node in values.items() if isinstance(node, fx.Node) and node in inside), None)
     if outer is not None:
         raise Differs(f"%{outer.name} is both made and read by it", len(bound))
-    return Occurrence(pattern.op, root, inner, tuple(values.get(name) for name in pattern.arguments))
+    return Occurrence(pattern.op, root, inner, tuple(values.get(name) for name in pattern.arguments), tuple(map(pattern.arguments.index, pattern.turned)))
 
 
 def _agree(pattern, wanted, node, bound):

@@ -1,11 +1,13 @@
 """Occurrences of a reference, and the pass that fuses them: what is found, what is not and why, and that nothing else changes."""
 
 import copy
+import functools
 import time
 
 import pytest
 import torch
 from checks import TOYS, captured, close, model_of, rejects, rounding, wake
+from models import build, example
 from rewrite.kernels.lora_linear import lora_linear
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
@@ -29,12 +31,16 @@ def found(function, *tensors):
     return occurrences(graph, PATTERNS)
 
 
+tiny = functools.cache(build)
+
+
 def gated(*steps):
     return rewrite(model_of("gated"), {"passes": list(steps)})
 
 
 def fused(live):
-    return [node for node in live.graph.nodes if "fused" in node.meta]
+    """What has been fused, a name for each linear."""
+    return [node.target.made_by.name for node in live.graph.nodes if node.meta.get("fused") for _ in getattr(node.target.made_by, "counts", (1,))]
 
 
 # ---- occurrences ---------------------------------------------------------------------------------------------------------
@@ -101,6 +107,7 @@ def test_one_look_at_each_node():
 def test_every_adapter_is_fused_and_nothing_else_changes():
     plain, live = wake(gated(LORA)), wake(gated(LORA, FUSE))
     assert len(fused(live)) == 14 and not live.report.applied[-1].refused
+    assert fused(live)[:7] == ["lora_linears_1_1_1"] * 3 + ["lora_linear"] + ["lora_linears_1_1"] * 2 + ["lora_linear"]
     assert "lora_linear_1 = lora_linear(" in source(live, "model.layers.0") and "rewrite.kernels.lora_linear" in source(live, "model.layers.0")
     for batch, length in ((2, 7), (1, 1)):
         close(reference=TOYS["gated"].output(plain, batch, length), result=TOYS["gated"].output(live, batch, length), drift=rounding(torch.float32))
@@ -134,11 +141,31 @@ def test_what_stays_has_a_reason():
     assert "model.layers.0.mlp.up_proj + lora" not in reasons
 
 
-def test_over_codes():
-    steps = [{"pass": "quantize", "where": "linear"}, LORA]
+@pytest.mark.parametrize("steps", [[{"pass": "quantize", "where": "linear"}, LORA], [{"pass": "quantize", "where": "linear", "format": "int8"}, LORA], [LORA, {**LORA, "name": "b", "rank": 2}]], ids=["nf4", "int8", "two"])
+def test_over_codes_and_beside_another_adapter(steps):
     plain, live = wake(gated(*steps)), wake(gated(*steps, FUSE))
-    assert len(fused(live)) == 14
+    ending = {"nf4": "_nf4", "int8": "_int8"}.get(steps[0].get("format", "nf4") if steps[0]["pass"] == "quantize" else "", "_2")
+    assert len(fused(live)) == 14 and all(name.startswith("lora_linears_") and name.endswith(ending) for name in fused(live))
+    assert not [site for site, _ in live.report.applied[-1].refused if "head" not in site]
+    for model in (plain, live):
+        TOYS["gated"].loss(model).backward()
     close(reference=TOYS["gated"].output(plain), result=TOYS["gated"].output(live), drift=rounding(torch.float32))
+    for name, parameter in plain.named_parameters():
+        if parameter.requires_grad:
+            close(reference=parameter.grad, result=live.get_parameter(name).grad, drift=3 * rounding(torch.float32))
+            rejects(reference=parameter.grad, result=1.01 * live.get_parameter(name).grad, drift=3 * rounding(torch.float32))
+
+
+@pytest.mark.parametrize("steps", [[], [{"pass": "quantize", "where": "linear"}]], ids=["numbers", "codes"])
+def test_weights_stored_the_other_way(steps):
+    """Conv1D; the parts of its fused projection stay, with the reason."""
+    steps = [*steps, {**LORA, "where": ["attention.{q,o}", "mlp.*"]}]
+    plain, live = (wake(rewrite(tiny("gpt2"), {"passes": some})) for some in (steps, [*steps, FUSE]))
+    assert len([name for name in fused(live) if name.startswith("lora_linear")]) == 6
+    assert "narrow" in dict(live.report.applied[-1].refused)["transformer.h.0.attn.c_attn + lora"]
+    outputs = [model(**example("gpt2")).logits for model in (plain, live)]
+    close(reference=outputs[0], result=outputs[1], drift=rounding(torch.float32))
+    rejects(reference=outputs[0], result=tiny("gpt2")(**example("gpt2")).logits, drift=rounding(torch.float32))
 
 
 @pytest.mark.parametrize(

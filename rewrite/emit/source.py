@@ -114,7 +114,7 @@ class _Writer:
         """Note the global name that a node's target needs."""
         target = node.target
         if hasattr(target, "launch"):  # an op of ours: a registered one costs more on the way in than it saves
-            name, text = target.launch.__module__.rpartition(".")[2], f"__import__({target.launch.__module__!r}, fromlist=['*']).{target.launch.__qualname__}"
+            name, text = target._schema.name.partition("::")[2], f"__import__({target.launch.__module__!r}, fromlist=['*']).{target.launch.__qualname__}"
             self.bindings[name] = text
             return name
         if isinstance(target, torch._ops.OpOverload):
@@ -274,7 +274,7 @@ class _Writer:
         """Let go of tensors after their last use: a step holds no more memory than the original's inner scopes."""
         sources = [self.sizes[a][0] if a in self.sizes else a for a in self.reads[i]]
         ended = [a for a in dict.fromkeys(sources) if self.last[a] == i and a in self.names and a.op != "get_attr"]
-        dead = [a for a in ended if isinstance(a.meta.get("val"), torch.Tensor)]
+        dead = [a for a in ended if isinstance(a.meta.get("val"), (torch.Tensor, tuple, list))]
         if dead:
             self.lines[-1] += f"; del {', '.join(self.names[a] for a in dead)}"
 

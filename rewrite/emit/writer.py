@@ -313,7 +313,7 @@ class Writer(Builder):
             return function(*args, **kwargs)
 
         function = getattr(target, "reference", target)
-        given = [values[i] for i in free]
+        given = [values[i].detach() if isinstance(values[i], torch.Tensor) else values[i] for i in free]  # tensors of one shape may share a fake, which would be one argument
         mode = next((value.fake_mode for value in given if isinstance(value, FakeTensor)), None) or self.graph.fake_mode
         with mode:
             if function is not target:  # a reference keeps its linears and its attention, for the table to write
