@@ -20,7 +20,9 @@ def write(records, missing, versions, results, not_built, table):
     counts = collections.Counter(record["outcome"] for record in records)
     before = json.loads(not_built.read_text()) if not_built.exists() else None
     now = {record["name"]: record["reason"] for record in records if record["outcome"] == "not built"}
-    grown = sorted(now.keys() - before.keys()) if before is not None else []
+    last = json.loads(results.read_text()) if results.exists() else {"missing": [], "records": []}
+    new = {*last["missing"], *(record["name"] for record in last["records"] if record["outcome"] == "not built")}  # never run, or never built
+    grown = sorted(now.keys() - before.keys() - new) if before is not None else []
     results.parent.mkdir(exist_ok=True)
     results.write_text(json.dumps({"versions": versions, "counts": counts, "missing": [e.name for e in missing], "records": records}, indent=1) + "\n")
     if not grown:
@@ -46,6 +48,8 @@ def document(records, missing, versions, counts):
         "Each is captured, compared bit for bit in eval mode at two other shapes and in training mode from the same seed, given LoRA on `attention.{q,v}` and on `linear`",
         "(unchanged at first, a gradient for every adapter, none for the rest), and generates as the original does, token by token.",
         "",
+        _commits(records),
+        "",
         "| outcome | models | of those built | |",
         "|---|---|---|---|",
     ]
@@ -67,6 +71,12 @@ def document(records, missing, versions, counts):
         cells = (record["name"], record["outcome"], seconds, record.get("nodes", ""), record.get("summary", ""), adapters, record.get("generates", ""))
         lines.append("| " + " | ".join(_cell(str(cell)) for cell in cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _commits(records):
+    """Which commits the lines come from: a sweep that goes on after a change runs only what it has to."""
+    counts = collections.Counter(record.get("commit") or "an older one" for record in records)
+    return "Run at commit " + ", ".join(f"{name} ({count})" for name, count in counts.most_common()) + "."
 
 
 def _reason(record):
