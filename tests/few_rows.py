@@ -8,8 +8,7 @@ if __name__ == "__main__":
 
 import torch  # noqa: E402
 from interpreted import error  # noqa: E402
-from rewrite.kernels import dequant_fp4, dequant_fp8, dequant_int4, dequant_int8, dequant_nf4, few_rows, table_linear  # noqa: E402
-from rewrite.kernels import linear_fp4, linear_fp8, linear_int4, linear_int8, linear_nf4  # noqa: E402
+from rewrite.kernels import dequant_fp4, dequant_fp8, dequant_int4, dequant_int8, dequant_nf4, few_rows, linear_fp4, linear_fp8, linear_int4, linear_int8, linear_nf4, table_linear  # noqa: E402  # noqa: E402
 
 SMALL = {"BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
 #: name → (its op, how a weight is stored, how the Triton body is told)

@@ -245,6 +245,11 @@ CLASSES = {name: pass_of(importlib.import_module(f"rewrite.passes.{name}")) for 
 WORKING = [name for name, cls in CLASSES.items() if not hasattr(cls, "apply") and not cls.mixes()]
 MIXING = [name for name, cls in CLASSES.items() if cls.mixes()]
 ALONE = [name for name in CLASSES if name not in MIXING]
+#: role → the working passes that are made for it
+MADE_FOR = {}
+for _name in WORKING:
+    for _role in [CLASSES[_name].role] if isinstance(CLASSES[_name].role, str) else CLASSES[_name].role:
+        MADE_FOR.setdefault(_role, []).append(_name)
 
 
 @st.composite
@@ -275,8 +280,10 @@ def parts(draw, roles, number):
     form = draw(st.sampled_from(["alone", "alone", "parallel", "choose", "batch"]))
     if form == "alone":
         return draw(steps(ALONE, roles, number))
-    where = draw(st.sampled_from(roles))
-    each = [draw(steps(WORKING, roles, f"{number}{letter}", where))[-1] for letter in "ab"]
+    where = draw(st.sampled_from([role for role in roles if len(MADE_FOR.get(role, ())) > 1] or roles))
+    first = draw(st.sampled_from(MADE_FOR.get(where, WORKING)))
+    kin = [name for name in MADE_FOR.get(where, WORKING) if CLASSES[name].nouns() == CLASSES[first].nouns()]
+    each = [draw(steps(names, roles, f"{number}{letter}", where))[-1] for letter, names in (("a", [first]), ("b", draw(st.sampled_from([kin, kin, WORKING]))))]
     if form == "parallel":
         return [{"parallel": each}]
     if form == "batch":

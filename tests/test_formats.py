@@ -18,7 +18,6 @@ import transformers as T
 from aot import fault
 from checks import captured, close, rejects, rounding
 from rewrite.kernels import dequant_fp4, dequant_fp8, dequant_int4, dequant_int8, dequant_mxfp4, dequant_nf4
-
 from torch._subclasses import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree

@@ -93,12 +93,16 @@ def test_one_look_at_each_node():
             return x
 
         graph = make_fx(function, pre_dispatch=True)(X, W, B, DOWN, UP).graph
-        start = time.process_time()
-        ones, _ = occurrences(graph, PATTERNS)
-        assert len(ones) == n
-        return time.process_time() - start
 
-    assert many(160) < 20 * many(20)  # eight times the nodes; a square would be 64
+        def once():
+            start = time.process_time()
+            ones, _ = occurrences(graph, PATTERNS)
+            assert len(ones) == n
+            return time.process_time() - start
+
+        return min(once() for _ in range(5))  # a collection of garbage may fall into one
+
+    assert many(320) < 32 * many(20)  # sixteen times the nodes; a square would be 256
 
 
 # ---- the pass ------------------------------------------------------------------------------------------------------------

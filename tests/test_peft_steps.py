@@ -16,9 +16,9 @@ from checks import captured, close, rejects, rounding, tensor_of, wake
 from loops import base, batch, ce
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from peft.optimizers.lorafa import LoraFAOptimizer
+from rewrite.kernels import dequant_nf4
 
 from rewrite import pipeline, rewrite, training
-from rewrite.kernels import dequant_nf4
 from rewrite.peft.methods import METHODS
 
 STEPS, BATCHES, RATE = 20, 2, 0.02

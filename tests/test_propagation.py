@@ -8,7 +8,7 @@ from checks import captured, close, rejects, rounding
 from models import example
 from test_sequence import base
 
-from rewrite import Refused, SpecError, pipeline, rewrite
+from rewrite import Refused, pipeline, rewrite
 
 PLACES = 5
 EXACT = rounding(torch.float64)
@@ -110,5 +110,5 @@ def test_propagation_refused():
         rewrite(base("t5"), {"passes": [{**step, "where": [{"role": "embed", "path": "encoder.**"}, "block"]}]})
     with pytest.raises(Refused, match="and this is attention.q"):
         rewrite(base("bert"), {"passes": [{**step, "where": ["embed", "block", "attention.q"]}]})
-    with pytest.raises(SpecError, match="puts tokens in front of the model's own, in all rows alike"):
+    with pytest.raises(Refused, match="tokens that stand in front and are changed further on are those of all rows"):
         rewrite(base("bert"), {"passes": [{"batch": {"fr": [step], "de": [step]}}]})

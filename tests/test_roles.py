@@ -15,7 +15,7 @@ from rewrite.capture.model import capture
 from rewrite.graph import Graph, shape
 from rewrite.roles.find import Rows, roles
 from rewrite.roles.where import ROLES, select
-from tests.models import FAMILIES, GROUPED, SIZES, SPECIAL, build, captured
+from tests.models import FAMILIES, build, captured
 
 
 def spread(pattern):

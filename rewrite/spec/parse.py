@@ -26,7 +26,7 @@ from ..contract import Pass
 from ..edit.batch import Batch, parse_batch, place_of, refuse_second
 from ..errors import SpecError
 from ..roles.where import parse as parse_where
-from .forms import Form, form_of, leaves, parse_form, refuse_mixing
+from .forms import Form, form_of, parse_form, refuse_mixing
 from .options import COMMON, closest, common, options_model, parse_options, said
 from .schema import SEED_LIMIT, schema
 
