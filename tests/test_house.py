@@ -119,6 +119,25 @@ def test_constraints_pin_what_the_project_asks_for():
     assert not missing
 
 
+def measured():
+    """The figures that the README names, as it writes them, from bench/results."""
+    read = lambda name: json.loads((TOP / "bench" / "results" / f"{name}.json").read_text())  # noqa: E731
+    for dtype in ("float32", "bfloat16"):
+        shares = {row["hidden"]: row["added"]["ours"] / row["added"]["PEFT"] for row in read("step")["rows"] if row["dtype"] == dtype}
+        yield f"{dtype}: {shares[512]:.2f}× / {shares[1024]:.2f}×"
+    decode = read("decode")["times bfloat16"]
+    yield ", ".join(f"{name} {decode[name]['median']:.2f}×" for name in ("int8", "int4", "nf4"))
+    kept = {way.split()[0].rstrip(","): row["kept_bytes"] / 1e6 for way, row in reversed(read("backward")["ways"].items())}
+    yield f"full {kept['full']:.0f} MB, LoRA {kept['lora']:.0f}, LoRA-FA {kept['lora_fa']:.0f}, AdapterDrop {kept['adapterdrop']:.0f}, LST {kept['lst']:.0f}, MEFT {kept['meft']:.0f}, IPA {kept['ipa']:.0f}"
+    yield f"| {next(row['rewrite'] for row in read('capture')['rows'] if row['layers'] == 32):.1f} s |"
+
+
+def test_readme_figures_are_those_measured():
+    text = (TOP / "README.md").read_text()
+    for figure in measured():
+        assert figure in text, f"bench/results says: {figure}"
+
+
 def code_blocks(path, language):
     return re.findall(rf"```{language}\n(.*?)```", path.read_text(), flags=re.DOTALL)
 
