@@ -76,7 +76,7 @@ class Recording:
 
     def record(self, stamps, run):
         tracer, given = self.tracer, self.given
-        last = next(reversed(tracer.graph.nodes))
+        last = next(iter(reversed(tracer.graph.nodes)))
         calls, called, constants, inner = Counter(tracer.calls), set(tracer.called), len(tracer.constants), set(tracer.inner)
         with torch._C.DisableTorchFunction():
             before = self._state()
