@@ -519,6 +519,28 @@ def test_positions_left_out_follow_the_mask_where_the_model_counts_by_it():
             assert (live(input_ids=ids[:, :1], attention_mask=more, past_key_values=cache).logits - wanted).abs().max() < 2e-6 * wanted.abs().max()
 
 
+def test_types_left_out_are_those_that_the_model_takes_behind_padding_too():
+    """PaliGemma's types say who sees whom: all zero is the same as none at all without padding, and not with it."""
+    text = dict(model_type="gemma", vocab_size=48, hidden_size=24, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=6, intermediate_size=56)
+    vision = dict(model_type="siglip_vision_model", hidden_size=20, num_hidden_layers=1, num_attention_heads=2, intermediate_size=28, image_size=8, patch_size=4, projection_dim=24)
+    config = T.PaliGemmaConfig(text_config=text, vision_config=vision, projection_dim=24, image_token_index=40, pad_token_id=0)
+    torch.manual_seed(0)
+    model = T.PaliGemmaForConditionalGeneration(config).eval()
+    ids, mask = torch.randint(3, 20, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    ids[:, :4], mask[1, 7:] = 40, 0
+    given = dict(input_ids=ids, attention_mask=mask, pixel_values=torch.randn(2, 3, 8, 8))
+    typed = {**given, "token_type_ids": (torch.arange(9) > 5).long().expand(2, 9).contiguous()}
+    zeros = {**given, "token_type_ids": torch.zeros_like(ids)}
+    without, of_types = make_live(capture(model)), make_live(capture(model, example=typed))
+    with torch.no_grad():
+        assert torch.equal(without(**given).logits, model(**given).logits)
+        assert not torch.equal(model(**given).logits, model(**zeros).logits)
+        for more in (typed, zeros):
+            assert torch.equal(of_types(**more).logits, model(**more).logits)
+            refused(without, "token_type_ids was not captured", **more)
+        refused(of_types, "token_type_ids", **given)
+
+
 def test_generates_without_a_cache_and_without_padding():
     model = models.build("llama").eval()
     live, ids = make_live(capture(model)), torch.randint(3, 20, (2, 6))

@@ -108,8 +108,8 @@ class _Calls:
         self.padding = setting(model.config.get_text_config(), "pad_token_id")
         self.first = 0
         self.defaults, self.counted = self._defaults(), ()
-        if self.defaults.get("position_ids") == "positions" and "attention_mask" in self.examples.parameters:
-            self._follow_the_mask()
+        if "attention_mask" in self.examples.parameters and {"position_ids", "token_type_ids"} & set(self.defaults):
+            self._behind_padding()
 
     def _ask(self):
         """What the model returns to its inputs, and where its hidden states come from."""
@@ -307,8 +307,11 @@ class _Calls:
         ids[0, -2:] = self.padding
         return is_default(self.model, rest | {"input_ids": ids}, name, unpadded(ids, self.padding), aside=(name,))
 
-    def _follow_the_mask(self):
-        """With padding on the left, positions that are left out may count what the mask lets through: find out, or leave them to the model."""
+    def _behind_padding(self):
+        """With padding on the left, what is left out may mean something else: find out, or leave it to the caller.
+
+        Positions may count what the mask lets through (OPT); types may say who sees whom, and none that nobody is told apart (PaliGemma).
+        """
         ids = self.inputs["input_ids"]
         mask = torch.ones_like(ids)
         mask[:, : max(1, ids.shape[1] // 2)] = 0
@@ -317,12 +320,14 @@ class _Calls:
             arrival(self.model, padded)
         except FAILURES:  # it takes no padding, or takes masks of its own kind alone
             return
-        if is_default(self.model, padded, "position_ids", self._default("position_ids", "positions"), aside=("position_ids",)):
-            return
-        if is_default(self.model, padded, "position_ids", mask.cumsum(-1) * mask - 1, aside=("position_ids",)):
-            self.counted = ("position_ids",)
-        else:
-            del self.defaults["position_ids"]
+        for name in ("token_type_ids", "position_ids"):
+            kind = self.defaults.get(name)
+            if kind not in ("zeros", "positions") or is_default(self.model, padded, name, self._default(name, kind), aside=(name,)):
+                continue
+            if kind == "positions" and is_default(self.model, padded, name, mask.cumsum(-1) * mask - 1, aside=(name,)):
+                self.counted = (name,)
+            else:
+                del self.defaults[name]
 
     def _shifts(self):
         """How the model makes `decoder_input_ids` of the labels, confirmed by asking it."""
