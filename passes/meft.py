@@ -8,7 +8,8 @@
 
 The first of the paper's three forms, its two streams in turn. A small alpha starts near the model, but to compute back is to divide by it, block for
 block, and errors grow by 1 / alpha each time: so what enters every fourth block is kept after all (`every`: null keeps none between, and bytes do not
-grow with depth). A backward that has gone astray is refused. Under torch.compile and with a cache blocks are kept as any others. What the last block hands on is this file's choice: what a next block with F(x) = x would give.
+grow with depth). A backward that has gone astray is refused. Under torch.compile and with a cache blocks are kept as any
+others. What the last block hands on is this file's choice: what a next block with F(x) = x would give.
 Liao et al. 2023, arXiv:2306.00477.
 """
 
@@ -36,7 +37,7 @@ class MEFT(Pass):
 
     @property
     def reversible(self):
-        return self.every or True
+        return True if self.every is None else self.every
 
     def params(self, y):
         width = y.shape[-1]

@@ -192,13 +192,7 @@ class _Region:
 
 def _above(node):
     """A node and all that its value is computed from."""
-    found, todo = set(), [node]
-    while todo:
-        node = todo.pop()
-        if node not in found:
-            found.add(node)
-            todo += node.all_input_nodes if node.target not in (g.dtype_of, g.device_of) else ()
-    return found
+    return g.reached(node, lambda n: n.all_input_nodes if n.target not in (g.dtype_of, g.device_of) else ())
 
 
 def _codes(edit, operation):

@@ -257,6 +257,17 @@ def shape(node):
     return tuple(expression(size) for size in node.meta["val"].shape)
 
 
+def reached(node, onward):
+    """A node and all that `onward` (node → the next ones) leads to from it, as the keys of a dict, in the order found: the same one each time."""
+    found, todo = {}, [node]
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found[node] = None
+            todo += reversed(tuple(onward(node)))
+    return found
+
+
 def path_of(node):
     """The dotted path of the module that a node came from ("" is the model itself)."""
     return node.meta.get("path", "")

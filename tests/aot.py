@@ -55,20 +55,24 @@ def fault(chip, found):
     return f"{shared} bytes of shared memory, sm_{chip} has {SHARED[chip]}" if shared > SHARED[chip] else None
 
 
-def main():
-    """All of them; exits with the number of faults."""
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+def tell(bodies):
+    """Print each of (chip, words, what it needs) as soon as it is compiled; exits with 1 where one has a fault."""
     faults = 0
-    for chip, (name, config), layout, dtype, rank in itertools.product(SHARED, lora_linear.CONFIGS.items(), LAYOUTS, DTYPES, (8, 64)):
-        if (name == "float32") != (dtype == "fp32"):
-            continue
-        found = compiled(chip, dtype, layout, config, rank)
+    for chip, words, found in bodies:
         reason = fault(chip, found)
         faults += reason is not None
         with contextlib.suppress(BrokenPipeError):
-            print(f"sm_{chip:<4} {name:8} {layout:9} {dtype:5} rank {rank:<3} {found[0]:4} registers {found[3]:7} shared  {reason or 'ok'}", flush=True)
+            print(f"sm_{chip:<4} {words} {found[0]:4} registers {found[3]:7} shared  {reason or 'ok'}", flush=True)
     sys.exit(min(faults, 1))
 
 
+def bodies():
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    for chip, (name, config), layout, dtype, rank in itertools.product(SHARED, lora_linear.CONFIGS.items(), LAYOUTS, DTYPES, (8, 64)):
+        if (name == "float32") != (dtype == "fp32"):
+            continue
+        yield chip, f"{name:8} {layout:9} {dtype:5} rank {rank:<3}", compiled(chip, dtype, layout, config, rank)
+
+
 if __name__ == "__main__":
-    main()
+    tell(bodies())

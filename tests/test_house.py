@@ -129,7 +129,7 @@ def measured():
     yield ", ".join(f"{name} {decode[name]['median']:.2f}×" for name in ("int8", "int4", "nf4"))
     kept = {way.split()[0].rstrip(","): row["kept_bytes"] / 1e6 for way, row in reversed(read("backward")["ways"].items())}
     yield f"full {kept['full']:.0f} MB, LoRA {kept['lora']:.0f}, LoRA-FA {kept['lora_fa']:.0f}, AdapterDrop {kept['adapterdrop']:.0f}, LST {kept['lst']:.0f}, MEFT {kept['meft']:.0f}, IPA {kept['ipa']:.0f}"
-    yield f"| {next(row['rewrite'] for row in read('capture')['rows'] if row['layers'] == 32):.1f} s |"
+    yield f"| {next(row['rewrite'] for row in read('capture')['rows'] if row['layers'] == 32):.1f} s of one core |"
 
 
 def test_readme_figures_are_those_measured():

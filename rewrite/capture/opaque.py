@@ -126,7 +126,7 @@ class _runner:
             self.calls = {}
             try:
                 return _alone(lambda: self.attempts[0](self.tracer, self.path, self.spec, inputs, self.calls))
-            except Exception:
+            except Exception:  # a model's own code may raise anything; with numbers it may go on
                 if len(self.attempts) == 1:
                     raise
                 del self.attempts[0]
@@ -189,7 +189,7 @@ def _alone(function):
     def target():
         try:
             found["value"] = function()
-        except Exception as error:
+        except Exception as error:  # raised again in the thread that asked
             found["error"] = error
 
     thread = threading.Thread(target=target)

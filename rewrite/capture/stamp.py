@@ -84,7 +84,7 @@ class Recording:
         with watched(given.places, given.caches, words):
             try:
                 result = run()
-            except Exception:
+            except Exception:  # a model's own code may raise anything; it goes on its way
                 stamps.watching = stamps.watching or bool(given.places or given.caches)
                 raise
         self.read = tracer.read

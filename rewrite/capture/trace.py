@@ -265,7 +265,7 @@ class Tracer(PythonKeyTracer):
         """One node for the call of a module that is left out; what cannot be handed over sends the failure to its parent."""
         try:
             return stand_in(self, module, path, args, kwargs)
-        except Exception:
+        except Exception:  # which modules were at work when it was raised
             if self.failed is None:
                 self.failed = [entry[0] for entry in self.stack]
             raise
@@ -289,7 +289,7 @@ class Tracer(PythonKeyTracer):
         self.called.add(path)
         try:
             return forward(*args, **kwargs)
-        except Exception:
+        except Exception:  # which modules were at work when it was raised
             if self.failed is None:
                 self.failed = [entry[0] for entry in self.stack]
             raise
@@ -345,7 +345,7 @@ def trace(model, variant, *, training=False, cast=lambda dtype: dtype, seed=0, l
                 stack.enter_context(context)
             try:
                 graph = tracer.trace(wrap_key(fake_signature(run, len(fakes)), tuple(fakes), tracer, True), concrete_args=holes)
-            except Exception as error:
+            except Exception as error:  # a model's own code may raise anything: the module at work becomes opaque
                 failure = CannotTrace(tracer.failed or [], error)
                 failure.__cause__ = error
             else:

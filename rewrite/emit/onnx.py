@@ -16,7 +16,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import fx
 
 from ..errors import Refused
-from ..graph import Graph, attribute
+from ..graph import Graph, attribute, reached
 from . import arithmetic, mutation, translate
 from .agree import Comparison
 from .building import IR_VERSION, OPSET, Value, onnx_dtype
@@ -117,20 +117,10 @@ def _kept(graph):
             needed.add(node)
             stack += [*node.all_input_nodes, *changed.get(node, ())]
     names = dict(zip(graph.placeholders, graph.inputs))
-    lost = {node for name, out in zip(graph.outputs, returned) if name in TRAINING_ONLY and isinstance(out, fx.Node) for node in _before(out)}
+    lost = {node for name, out in zip(graph.outputs, returned) if name in TRAINING_ONLY and isinstance(out, fx.Node) for node in reached(out, lambda n: n.all_input_nodes)}
     placeholders = [node for node in graph.placeholders if isinstance(node.meta.get("val"), torch.Tensor) and (node in needed or node not in lost)]
     placeholders = [node for node in placeholders if names[node] not in TRAINING_ONLY]
     return [node for node in every if node in needed and node.op != "placeholder"], placeholders, outputs
-
-
-def _before(node):
-    seen, stack = set(), [node]
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack += node.all_input_nodes
-    return seen
 
 
 def _refuse(graph, nodes, place):

@@ -9,6 +9,8 @@ import contextlib
 
 import torch
 
+from ..graph import reached
+
 REGION = "region"  # node.meta: the kind of region that the node lies in
 NO_GRAD = "no_grad"
 REVERSIBLE = "reversible"  # node.meta: a value that goes from block to block, in a pass that asks for reversible blocks
@@ -68,18 +70,7 @@ def _with_gradient(graph, passes):
 
 def _barrier(node, within):
     """The first node of a pass behind a node, among those of `within`, that lets no gradient through."""
-    return min(user for at in _behind(node) for user in at.users if user in within and "made" in user.meta and not _is_differentiable(user))
-
-
-def _behind(node):
-    """A node, and all that depend on it."""
-    found, todo = set(), [node]
-    while todo:
-        node = todo.pop()
-        if node not in found:
-            found.add(node)
-            todo += node.users
-    return found
+    return min(user for at in reached(node, lambda n: n.users) for user in at.users if user in within and "made" in user.meta and not _is_differentiable(user))
 
 
 def _is_differentiable(node):
