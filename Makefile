@@ -25,6 +25,7 @@ aot: $(VENV)/installed-test
 	$(VENV)/bin/python tests/aot_codes.py
 	$(VENV)/bin/python tests/aot_few_rows.py
 	$(VENV)/bin/python tests/aot_grouped.py
+	$(VENV)/bin/python tests/aot_dora.py
 
 clean:
 	rm -rf $(VENV) demo-out examples/out

@@ -29,6 +29,7 @@ sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__fi
 
 import torch  # noqa: E402
 from rewrite.kernels import chips, dequant_int4, dequant_int8, dequant_nf4  # noqa: E402
+from rewrite.kernels import dora_linear as dora_linears  # noqa: E402
 from rewrite.kernels import grouped_lora as grouped  # noqa: E402
 from rewrite.kernels import linear_int4 as int4  # noqa: E402
 from rewrite.kernels import linear_int8 as int8  # noqa: E402
@@ -38,8 +39,10 @@ from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 K = 2.0  # an error may be K times that of the plain ops in the same dtype
+OTHERS = ("float weight", "LoRA")  # ways to another result, which is not compared
 CHECKED = 64  # rows of a result that are compared with float64
 SHAPES = {"7B": ((4096, 4096), (11008, 4096), (4096, 11008)), "70B": ((8192, 8192), (28672, 8192), (8192, 28672)), "small": ((512, 512), (1376, 512))}
+dora = dora_linears.dora_linear()
 RANKS, ROWS = (8, 16, 64), (1, 4, 16, 64, 512, 4096, 16384)
 
 
@@ -105,17 +108,42 @@ def lora_linear(device, dtype):
         yield Row("lora_linear", f"{m} × ({n} × {k}), rank {rank}", make, moved, 2 * m * (passes * n * k + (2 * passes - 1) * rank * (n + k)), backward, missing)
 
 
-def _peft(x, down, up, w, wide):
-    """PEFT's layer over the same tensors; its adapters in float32 as `autocast_adapter_dtype` makes them, or in the dtype of the base."""
+def _peft(x, down, up, w, wide, magnitude=None):
+    """PEFT's layer over the same tensors; its adapters in float32 as `autocast_adapter_dtype` makes them, or in the dtype of the base. With a magnitude, DoRA."""
     import peft
 
     layer = nn.Linear(w.shape[1], w.shape[0], bias=False, device="meta", dtype=w.dtype)
     layer.weight = nn.Parameter(w, requires_grad=False)
-    config = peft.LoraConfig(r=down.shape[0], lora_alpha=2 * down.shape[0], target_modules=["0"])
+    config = peft.LoraConfig(r=down.shape[0], lora_alpha=2 * down.shape[0], target_modules=["0"], use_dora=magnitude is not None)
     theirs = peft.get_peft_model(nn.Sequential(layer), config, autocast_adapter_dtype=wide).base_model.model[0].to(w.device)
     a, b = (nn.Parameter(t.detach().to(torch.float32 if wide else t.dtype)) for t in (down, up))
     theirs.lora_A["default"].weight, theirs.lora_B["default"].weight = a, b
-    return Way(lambda: theirs(x), (x, a, b))
+    if magnitude is None:
+        return Way(lambda: theirs(x), (x, a, b))
+    own = theirs.lora_magnitude_vector["default"].weight = nn.Parameter(magnitude.detach().view(-1))
+    return Way(lambda: theirs(x), (x, a, b, own))
+
+
+def dora_linear(device, dtype):
+    """A step of DoRA beside one of LoRA, which is another result; beside the weight put together, and PEFT's."""
+    for (n, k), rank, m in sizes(device, ranks=(16,)):
+        if m < 512:
+            continue
+
+        def make(new, n=n, k=k, rank=rank, m=m):
+            x, w, down, up, magnitude = new(m, k), new(n, k) * k**-0.5, new(rank, k) * k**-0.5, new(n, rank), new(n, 1).abs()
+            leaves = [t.requires_grad_() for t in (x, down, up, magnitude)]
+            ways = {
+                "PEFT": _peft(*leaves[:3], w, False, magnitude),
+                "plain ops": Way(lambda: dora.reference(x, w, None, down, up, magnitude, 2.0), leaves),
+                "dora_linear": Way(lambda: dora.launch(x, w, None, down, up, magnitude, 2.0), leaves),
+                "LoRA": Way(lambda: lora.launch(x, w, None, down, up, 2.0), leaves[:3]),
+            }
+            wide = [t.detach()[:CHECKED].double() if t is x else t.detach().double() for t in (x, w, down, up, magnitude)]
+            return ways, lambda: dora.reference(*wide[:2], None, *wide[2:], 2.0)
+
+        size = torch.finfo(dtype).bits // 8
+        yield Row("dora_linear", f"{m} × ({n} × {k}), rank {rank}", make, size * (3 * n * k + 2 * m * (n + k)), 2 * m * (2 * n * k + 3 * rank * (n + k)), True)
 
 
 def linear_int8(device, dtype):
@@ -187,7 +215,7 @@ def grouped_lora(device, dtype):
 
 
 #: an op's author adds a function here
-OPS = (lora_linear, linear_int8, linear_int4, linear_nf4, grouped_lora)
+OPS = (lora_linear, dora_linear, linear_int8, linear_int4, linear_nf4, grouped_lora)
 
 
 # ---- measuring -----------------------------------------------------------------------------------------------------------
@@ -270,7 +298,7 @@ def case(row, device, dtype, peaks, rounds):
             found[name] = error(exact, way.run()[: exact.shape[0]])
     allowed = K * found["plain ops"] + torch.finfo(dtype).eps
     for name, value in found.items():
-        if name != "float weight" and not value <= allowed:
+        if name not in OTHERS and not value <= allowed:
             raise SystemExit(f"{row.op}, {row.label}: {name} is off by {value:.1e}, the plain ops by {found['plain ops']:.1e}")
     if row.backward:
         with torch.no_grad():

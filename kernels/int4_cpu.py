@@ -13,21 +13,10 @@ by 0.0001; eight-bit integers are exact. Memory beside the codes: half a byte a 
 import functools
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 GROUPS = (256, 128, 64, 32)
 #: a, b, c for int8
 WHOLE = (16.0, 1.0, 8.0)
-_made = WeakTensorKeyDictionary()
-
-
-def once(make, codes, *others):
-    """What `make(codes, *others)` gives, kept as long as the codes live and all stay as they are; it belongs to no module, and so is never saved."""
-    now = [(t.data_ptr(), None if t.is_inference() else t._version) if isinstance(t, torch.Tensor) else t for t in (codes, *others)]
-    found = _made.get(codes)
-    if found is None or found[0] != now:
-        found = _made[codes] = (now, make(codes, *others))
-    return found[1]
 
 
 def group_of(length, groups):

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from rewrite.kernels import dequant_int4 as d
 from rewrite.kernels import few_rows, int4_cpu
+from rewrite.kernels.once import once
 from rewrite.kernels.quant_linear import QuantLinear
 
 
@@ -25,7 +26,7 @@ def unsuited(x, codes, scales, zeros, shape):
 def fast(x, codes, scales, zeros, shape, b):
     if x.is_cuda:
         return few_rows.product(x, codes, scales, b, shape[0], "int4", zeros)
-    y = int4_cpu.product(x, int4_cpu.once(_packed, codes, scales, zeros))
+    y = int4_cpu.product(x, once(_packed, codes, scales, zeros))
     return y if b is None else y.add_(b)
 
 

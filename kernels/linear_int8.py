@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from rewrite.kernels import dequant_int8 as d
 from rewrite.kernels import few_rows, int4_cpu
+from rewrite.kernels.once import once
 from rewrite.kernels.quant_linear import QuantLinear, scaled_after
 
 
@@ -34,9 +35,9 @@ def fast(x, codes, scales, b):
     if x.is_cuda:
         return few_rows.product(x, codes, scales, b, codes.shape[0], "int8")
     if scales.shape[1] > 1:
-        y = int4_cpu.product(x, int4_cpu.once(_packed, codes, scales))
+        y = int4_cpu.product(x, once(_packed, codes, scales))
     else:
-        rounded = int4_cpu.once(_rounded, codes, scales)
+        rounded = once(_rounded, codes, scales)
         y = torch.ops.aten._weight_int8pack_mm(x.reshape(-1, x.shape[-1]).contiguous(), codes, rounded).view(*x.shape[:-1], codes.shape[0])
     return y if b is None else y.add_(b)
 

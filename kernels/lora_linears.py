@@ -20,7 +20,7 @@ from rewrite.kernels.lora_linear import gradients, lora_linear
 from rewrite.kernels.op import Op
 
 
-class _Coded(torch.autograd.Function):
+class Coded(torch.autograd.Function):
     """A linear over a weight that is made when it is read, in forward and again in backward; it does not train."""
 
     @staticmethod
@@ -42,7 +42,7 @@ def _run(x, linears):
     parts = iter([torch.mm(rows, downs[0].t())] if len(downs) == 1 else torch.mm(rows, torch.cat(downs).t()).split([len(down) for down in downs], 1))
     found = []
     for w, b, adapters in linears:
-        y = _Coded.apply(rows, w, b) if callable(w) else F.linear(rows, w, b)
+        y = Coded.apply(rows, w, b) if callable(w) else F.linear(rows, w, b)
         for _, up, scale in adapters:
             y.addmm_(next(parts), up.t(), alpha=scale)
         found.append(y.view(*x.shape[:-1], y.shape[1]))

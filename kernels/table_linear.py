@@ -5,6 +5,7 @@ import functools
 import torch
 
 from rewrite.kernels import few_rows, int4_cpu
+from rewrite.kernels.once import once
 from rewrite.kernels.tables import BLOCK, NESTED, dynamic
 
 
@@ -17,7 +18,7 @@ def unsuited(x, codes, scales, nested, shape):
 def fast(x, codes, scales, nested, shape, b, table, fit):
     if x.is_cuda:
         return few_rows.product(x, codes, scales, b, shape[0], "table", nested, *tensors(table, x.device))
-    y = int4_cpu.product(x, int4_cpu.once(_packed, codes, scales, nested, tuple(shape), table, fit))
+    y = int4_cpu.product(x, once(_packed, codes, scales, nested, tuple(shape), table, fit))
     return y if b is None else y.add_(b)
 
 

@@ -12,6 +12,10 @@
     -->
     y = linear_nf4(x, codes, scales, nested, b)
 
+    y = linear(x, v * magnitude / |v|, b), v = w + scale * up @ down, w perhaps in codes
+    -->
+    y = dora_linear(x, w, b, down, up, magnitude, scale)
+
     y = where(mask, vmap(lora)(y, x, down[slot], up[slot]), y)        what a batch makes of lora, for all adapters of one rank
     -->
     y = grouped_lora(y, x, down, up, slot, mask, scale)
@@ -23,6 +27,7 @@ report. Put it last: other passes look for what it has replaced.
 from dataclasses import dataclass
 
 import torch
+from rewrite.kernels.dora_linear import dora_linear
 from rewrite.kernels.grouped_lora import grouped_lora
 from rewrite.kernels.linear_fp4 import linear_fp4
 from rewrite.kernels.linear_fp8 import linear_fp8
@@ -68,6 +73,7 @@ def ops(formats):
     two = {**one, "down_0": new(2, 6), "up_0": new(7, 2), "down_1": new(3, 6), "up_1": new(7, 3)}
     return [
         *((lora_linears(counts, form), values) for form in formats for counts, values in (((1,), one), ((2,), two))),
+        *((dora_linear(form), {**one, "magnitude": new(7, 1)}) for form in formats),
         (linear_int8, {**whole, "codes": new(7, 6, dtype=torch.int8)}),
         (linear_int4, {**whole, "codes": new(7, 3, dtype=torch.uint8), "zeros": new(7, 1, dtype=torch.uint8), "shape": [7, 6]}),
         (linear_nf4, table),

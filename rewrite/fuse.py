@@ -113,7 +113,7 @@ def _together(graph, together):
     """Ops of one module that read one value become one op, where the first of them stands: what the others read must be there by then."""
     alike = {}
     for node in graph.nodes:
-        if "fused" in node.meta and hasattr(node.target, "made_by"):
+        if "fused" in node.meta and hasattr(node.target, "made_by") and together([node.target.made_by]) is not None:
             alike.setdefault((node.args[0], node.meta.get("site", "").rpartition(".")[0], node.meta.get(REGION)), []).append(node)
     for (x, *_), nodes in alike.items():
         first = nodes[0]

@@ -136,12 +136,12 @@ def test_trained_weights_get_their_gradients_too():
 
 
 def test_what_stays_has_a_reason():
-    steps = [{**LORA, "where": "attention.q", "dropout": 0.1}, {"pass": "dora", "where": "attention.k", "rank": 2}, {**LORA, "where": "mlp.up"}, {"pass": "ia3", "where": "mlp.up"}]
+    steps = [{**LORA, "where": "attention.q", "dropout": 0.1}, {"pass": "loha", "where": "attention.k", "rank": 2}, {**LORA, "where": "mlp.up"}, {"pass": "ia3", "where": "mlp.up"}]
     live = gated(*steps, FUSE)
     reasons = dict(live.report.applied[-1].refused)
     assert len(fused(live)) == 2
     assert "should be one value" in reasons["model.layers.0.self_attn.q_proj + lora"]
-    assert {"model.layers.1.self_attn.k_proj + dora", "model.layers.0.mlp.up_proj + ia3"} <= reasons.keys() and all(reasons.values())
+    assert {"model.layers.1.self_attn.k_proj + loha", "model.layers.0.mlp.up_proj + ia3"} <= reasons.keys() and all(reasons.values())
     assert "model.layers.0.mlp.up_proj + lora" not in reasons
 
 
