@@ -28,11 +28,12 @@ from typing import Callable
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]  # this file is not a package of that name
 
 import torch  # noqa: E402
-from rewrite.kernels import chips, dequant_int4, dequant_int8, dequant_nf4  # noqa: E402
+from rewrite.kernels import chips, dequant_int4, dequant_int8, dequant_mxfp4, dequant_nf4  # noqa: E402
 from rewrite.kernels import dora_linear as dora_linears  # noqa: E402
 from rewrite.kernels import grouped_lora as grouped  # noqa: E402
 from rewrite.kernels import linear_int4 as int4  # noqa: E402
 from rewrite.kernels import linear_int8 as int8  # noqa: E402
+from rewrite.kernels import linear_mxfp4 as mxfp4  # noqa: E402
 from rewrite.kernels import linear_nf4 as nf4  # noqa: E402
 from rewrite.kernels import lora_linear as lora  # noqa: E402
 from torch import nn  # noqa: E402
@@ -158,6 +159,10 @@ def linear_nf4(device, dtype):
     yield from _coded(device, dtype, nf4.linear_nf4, 4.127, lambda w: (*dequant_nf4.quantize(w), list(w.shape)), _bitsandbytes)
 
 
+def linear_mxfp4(device, dtype):
+    yield from _coded(device, dtype, mxfp4.linear_mxfp4, 4.25, lambda w: (*dequant_mxfp4.quantize(w), list(w.shape)))
+
+
 def _coded(device, dtype, op, bits, quantize, peer=None):
     """Few rows times a weight in codes: as they are, the weight made first, and the float weight, which is another result and is not compared."""
     missing = {} if device.type == "cuda" else {f"{op.name}, Triton": "no GPU"}
@@ -215,7 +220,7 @@ def grouped_lora(device, dtype):
 
 
 #: an op's author adds a function here
-OPS = (lora_linear, dora_linear, linear_int8, linear_int4, linear_nf4, grouped_lora)
+OPS = (lora_linear, dora_linear, linear_int8, linear_int4, linear_nf4, linear_mxfp4, grouped_lora)
 
 
 # ---- measuring -----------------------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ import functools
 import torch
 
 FEW_ROWS = {
-    "cuda": {"linear_int8": 4, "linear_int4": 8, "linear_nf4": 8, "linear_fp4": 8, "linear_fp8": 4},
-    "AVX512 BF16": {"linear_int8": 16, "linear_int4": 256, "linear_nf4": 128, "linear_fp4": 128},  # AMD EPYC, one thread, torch 2.13, 1024 × 1024
+    "cuda": {"linear_int8": 4, "linear_int4": 8, "linear_nf4": 8, "linear_fp4": 8, "linear_mxfp4": 8, "linear_fp8": 4},
+    "AVX512 BF16": {"linear_int8": 16, "linear_int4": 256, "linear_nf4": 128, "linear_fp4": 128, "linear_mxfp4": 64},  # AMD EPYC, one thread, torch 2.13, 1024 × 1024
     "cpu": {},  # of an unknown kind
 }
 

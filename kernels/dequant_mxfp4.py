@@ -40,8 +40,12 @@ def quantize(w):
 
 def reference(codes: torch.Tensor, scales: torch.Tensor, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
     numbers = torch.tensor([(a, b) for b in E2M1 for a in E2M1], device=codes.device, dtype=torch.float32)[codes.int()]  # a byte gives two entries
-    powers = torch.tensor([2.0 ** (i - BIAS) for i in range(255)] + [float("nan")], device=codes.device, dtype=torch.float32)[scales.int()]
-    return (numbers.view(*scales.shape, BLOCK) * powers.unsqueeze(-1)).view(shape).to(dtype)
+    return (numbers.view(*scales.shape, BLOCK) * powers(codes.device)[scales.int()].unsqueeze(-1)).view(shape).to(dtype)
+
+
+def powers(device):
+    """What each scale stands for."""
+    return torch.tensor([2.0 ** (i - BIAS) for i in range(255)] + [float("nan")], device=device, dtype=torch.float32)
 
 
 @triton.jit
@@ -52,15 +56,20 @@ def number(code):
 
 
 @triton.jit
+def power(scale):
+    """Of a scale; 2^-127 is subnormal."""
+    bits = tl.where(scale == 0, 0x00400000, tl.where(scale == 255, 0x7FC00000, scale << 23))
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def numbers_of_mxfp4(CODES, SCALES, OUT, half, BY_HAND: tl.constexpr, BLOCK: tl.constexpr):
     """OUT (rows, 2 * half): a program makes the 2 * BLOCK entries of BLOCK bytes of a row; 16 bytes share a power."""
     row = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     code = tl.load(CODES + row * half + place, mask=place < half, other=0).to(tl.int32)
     scale = tl.load(SCALES + row * (half // 16) + place // 16, mask=place < half, other=127).to(tl.int32)
-    bits = tl.where(scale == 0, 0x00400000, tl.where(scale == 255, 0x7FC00000, scale << 23))  # 2^-127 is subnormal
-    power = bits.to(tl.float32, bitcast=True)
-    values = tl.interleave(number(code & 15) * power, number(code >> 4) * power)
+    values = tl.interleave(number(code & 15) * power(scale), number(code >> 4) * power(scale))
     entry = tl.program_id(1) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
     tl.store(OUT + row * (2 * half) + entry, rounded(values, OUT.dtype.element_ty, BY_HAND), mask=entry < 2 * half)
 

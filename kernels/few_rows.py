@@ -2,10 +2,10 @@
 
     out[m, n] = sum over groups of scale[n, group] * (sum over k of x[m, k] * number(codes[n, k])) + b[n]
 
-Shapes: x (M, K), codes of N × K entries, row by row, as the format's `dequant_*` has them, scales (N, groups) float32 by their bits, b (N) or None.
+Shapes: x (M, K), codes of N × K entries, row by row, as the format's `dequant_*` has them, scales (N, groups) float32 by their bits (mxfp4: exponents), b (N) or None.
 Bytes: those of the codes and scales, once, where making the weight first reads them, writes 2 a weight and reads these again. With so few rows memory
 is all that counts; where tiles of N are fewer than the chip has room for, a tile's K is split into parts that a second launch adds up, in order.
-Numbers of a group are multiplied as they are and scaled afterwards, in float32: codes of whole numbers and e4m3 are exact in bfloat16.
+Numbers of a group are multiplied as they are and scaled afterwards, in float32: codes of whole numbers, e4m3 and e2m1 are exact in bfloat16.
 """
 
 import functools
@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from rewrite.kernels.dequant_mxfp4 import number as e2m1
+from rewrite.kernels.dequant_mxfp4 import power
 from rewrite.kernels.rounding import by_hand, rounded
 
 #: with four stages, those of a table spill two registers on sm_90
@@ -39,6 +41,8 @@ def few_rows(
         start = step * BLOCK_K
         at = column // TALL * groups + start // group
         scale = tl.load(SCALES + at, mask=inside, other=0)
+        if FORMAT == "mxfp4":
+            scale = power(scale.to(tl.int32))
         if DOUBLE:
             scale = tl.load(LEVELS + scale.to(tl.int32)) * tl.load(EXTRA + at // 256, mask=inside, other=0.0) + tl.load(EXTRA + (N * groups + 255) // 256)
         if FORMAT == "int8" or FORMAT == "fp8":
@@ -65,6 +69,8 @@ def few_rows(
                 if HAS_EXTRA:
                     zero = tl.load(EXTRA + at, mask=inside, other=0).to(tl.int32)
                 one, two = ((code & 15) - zero[None, :]).to(tl.float32), ((code >> 4) - zero[None, :]).to(tl.float32)
+            elif FORMAT == "mxfp4":
+                one, two = e2m1(code & 15), e2m1(code >> 4)
             else:
                 one, two = tl.load(TABLE + (code >> 4)), tl.load(TABLE + (code & 15))
             if BY_HAND:
@@ -119,7 +125,7 @@ def product(x, codes, scales, b, out_dim, format, extra=None, table=None, levels
     out = torch.empty(*x.shape[:-1], out_dim, device=x.device, dtype=x.dtype)
     if not out.numel():
         return out
-    config, double = config or CONFIG, scales.dtype == torch.uint8
+    config, double = config or CONFIG, format == "table" and scales.dtype == torch.uint8
     group = length if groups == 1 else 128 if tall > 1 else length // groups
     tallest, widest = MOST[x.element_size()]
     step = step_of(group, length, widest)
@@ -130,7 +136,7 @@ def product(x, codes, scales, b, out_dim, format, extra=None, table=None, levels
     numbers = lambda t: out if t is None else t.contiguous().view(torch.float32) if t.dtype == torch.int32 else t.contiguous()  # noqa: E731
     few_rows[grid[0], parts, grid[1]](
         rows, codes.contiguous(), numbers(scales), numbers(extra), numbers(table), numbers(levels), numbers(b), made, m, out_dim, length, rows.stride(0),
-        length // 2 if format in ("int4", "table") else length, group, groups, triton.cdiv(steps, parts), FORMAT=format, DOUBLE=double, TALL=tall, HAS_EXTRA=extra is not None, HAS_BIAS=b is not None and parts == 1, BY_HAND=by_hand(x.dtype),
+        length // 2 if format in ("int4", "table", "mxfp4") else length, group, groups, triton.cdiv(steps, parts), FORMAT=format, DOUBLE=double, TALL=tall, HAS_EXTRA=extra is not None, HAS_BIAS=b is not None and parts == 1, BY_HAND=by_hand(x.dtype),
         BLOCK_M=block_m, BLOCK_K=step, enable_fp_fusion=True, **config,
     )  # fmt: skip
     if parts > 1:

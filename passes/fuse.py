@@ -33,6 +33,7 @@ from rewrite.kernels.linear_fp4 import linear_fp4
 from rewrite.kernels.linear_fp8 import linear_fp8
 from rewrite.kernels.linear_int4 import linear_int4
 from rewrite.kernels.linear_int8 import linear_int8
+from rewrite.kernels.linear_mxfp4 import linear_mxfp4
 from rewrite.kernels.linear_nf4 import linear_nf4
 from rewrite.kernels.lora_linears import lora_linears
 
@@ -79,5 +80,6 @@ def ops(formats):
         (linear_nf4, table),
         (linear_fp4, table),
         (linear_fp8, whole),
+        (linear_mxfp4, {"x": new(3, 32), "b": new(7), "codes": new(7, 16, dtype=torch.uint8), "scales": new(7, 1, dtype=torch.uint8), "shape": [7, 32]}),
         (grouped_lora, {**rows, "down": new(5, 2, 6), "up": new(5, 7, 2), "slot": new(3, dtype=torch.int64), "mask": new(3, dtype=torch.bool)}),
     ]

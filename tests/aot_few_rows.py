@@ -18,6 +18,7 @@ FORMATS = {
     "int4, 32": ({"FORMAT": "int4", "BLOCK_K": 32}, {}),
     "table": ({"FORMAT": "table", "BLOCK_K": 64, "DOUBLE": True, "HAS_EXTRA": True}, {"SCALES": "u8"}),
     "table, single": ({"FORMAT": "table", "BLOCK_K": 64}, {}),
+    "mxfp4": ({"FORMAT": "mxfp4", "BLOCK_K": 32}, {"SCALES": "u8"}),
     "fp8": ({"FORMAT": "fp8", "BLOCK_K": 128}, {}),
     "fp8, blocks": ({"FORMAT": "fp8", "BLOCK_K": 128, "TALL": 128}, {}),
 }

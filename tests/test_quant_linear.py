@@ -18,7 +18,7 @@ from test_kernels import allowed
 from rewrite import pipeline, rewrite, source
 
 FORMATS = cases.FORMATS
-STEPS = {"int8": {}, "int8 groups": {"group_size": 32}, "int4": {"group_size": 32}, "int4 zeros": {"symmetric": False}, "nf4": {}, "nf4 single": {"double": False}, "fp4": {}, "fp8": {}, "fp8 blocks": {"blocks": True}}
+STEPS = {"int8": {}, "int8 groups": {"group_size": 32}, "int4": {"group_size": 32}, "int4 zeros": {"symmetric": False}, "nf4": {}, "nf4 single": {"double": False}, "fp4": {}, "mxfp4": {}, "fp8": {}, "fp8 blocks": {"blocks": True}}
 
 
 def gradients(function, x, codes, b, grad):
@@ -70,7 +70,7 @@ def test_what_a_cpu_does_not_take():
     assert "blocks of 64 cross" in FORMATS["nf4"][0].unsuited(x, None, None, None, [48, 40])
 
 
-@pytest.mark.parametrize("form", ["int8", "int4 zeros", "nf4", "fp8 blocks"])
+@pytest.mark.parametrize("form", ["int8", "int4 zeros", "nf4", "mxfp4", "fp8 blocks"])
 def test_the_registered_op_is_whole(form):
     x, codes, b = cases.given(form, "parts")
     torch.library.opcheck(FORMATS[form][0].overload, (x[:2].requires_grad_(), *codes, b.requires_grad_()))
@@ -113,7 +113,7 @@ def test_triton_body_under_the_interpreter():
         assert found["ours"] <= limit and not found["broken"] <= limit, name
 
 
-@pytest.mark.parametrize("form", ["int4", "table", "fp8, blocks"])
+@pytest.mark.parametrize("form", ["int4", "table", "mxfp4", "fp8, blocks"])
 def test_default_tiles_compile_for_hopper(form):
     found = aot_few_rows.compiled(90, form, "bf16")
     assert fault(90, found) is None, fault(90, found)
@@ -122,7 +122,7 @@ def test_default_tiles_compile_for_hopper(form):
 # ---- the pass ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["int8 groups", "int4 zeros", "nf4 single", "fp8"])
+@pytest.mark.parametrize("form", ["int8 groups", "int4 zeros", "nf4 single", "mxfp4", "fp8"])
 def test_fuse_finds_it_and_nothing_else_changes(form, monkeypatch):
     monkeypatch.setattr(pipeline, "capture", captured)
     quantize = {"pass": "quantize", "where": "linear", "format": form.split()[0], **STEPS[form]}
