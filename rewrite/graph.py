@@ -121,8 +121,8 @@ class Graph:
         """These nodes anew over a tree, without variants; `changes` are fields that differ."""
         nodes, env = fx.Graph(), {}
         for node in self.nodes:
-            env[node] = nodes.node_copy(node, lambda n: env[n])
-            env[node].meta = dict(node.meta)
+            env[node] = copied = add_node(nodes, node.op, node.target, *fx.node.map_arg((node.args, node.kwargs), env.__getitem__), node.name)
+            copied.meta = dict(node.meta)
         return replace(self, fx=nodes, root=root, opaque=dict(self.opaque), notes=list(self.notes), variants={}, **changes)
 
     def copy(self):
@@ -138,6 +138,16 @@ class Graph:
         main, *rest = (part.twin(root) for part in self.all())
         main.variants.update((part.name, part) for part in rest)
         return main
+
+
+def add_node(nodes, op, target, args=(), kwargs=None, name=None):
+    """A node at the insertion point of an `fx.Graph`. It gets its arguments afterwards: `create_node` searches those it is given for SymInts, which costs more than the rest."""
+    node = nodes.create_node(op, target, name=name)
+    if args:
+        node.args = args
+    if kwargs:
+        node.kwargs = kwargs
+    return node
 
 
 def attribute(root, path):

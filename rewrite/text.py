@@ -5,6 +5,7 @@
 
 import difflib
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import fx
@@ -34,15 +35,28 @@ def _type(value):
     return ""
 
 
+class _Drawn(NamedTuple):
+    op: str
+    target: object
+    name: str
+    args: tuple
+    kwargs: dict
+    meta: dict
+
+
+def _is_frozen(value):
+    return isinstance(value, torch.Tensor) and not value.requires_grad
+
+
 def line(node, root=None, roles=None):
-    """One node as text. `root` tells which constants are frozen (❄), `roles` maps nodes to their role."""
+    """One node as text. `root` (a tree, or the paths themselves) tells which constants are frozen (❄), `roles` maps nodes to their role."""
 
     def arg(a):
         if isinstance(a, fx.Node):
             if a.op != "get_attr":
                 return f"%{a.name}"
-            value = g.attribute(root, a.target) if root is not None else None
-            return f"@{a.target}" + (" ❄" if isinstance(value, torch.Tensor) and not value.requires_grad else "")
+            is_frozen = a.target in root if isinstance(root, set) else root is not None and _is_frozen(g.attribute(root, a.target))
+            return f"@{a.target}" + (" ❄" if is_frozen else "")
         if isinstance(a, (list, tuple)):
             return f"[{', '.join(arg(v) for v in a)}]"
         return str(a).removeprefix("torch.")
@@ -54,7 +68,7 @@ def line(node, root=None, roles=None):
     else:
         given = ", ".join([*(arg(a) for a in node.args), *(f"{k}={arg(v)}" for k, v in node.kwargs.items())])
         text = f"%{node.name} = {'self.' + node.target if node.op == 'call_module' else _target(node)}({given})"
-    role = node.meta.get("role") or (roles or {}).get(node, "")
+    role = node.meta.get("role") or (roles.get(node, "") if roles else "")
     return f"{text}  {_type(node.meta.get('val'))}  {role}  {node.meta.get('region', '')}".rstrip()
 
 
@@ -63,9 +77,20 @@ def show(graph, roles=None):
     return "\n".join(line(node, graph.root, roles) for node in graph.nodes if node.op != "get_attr") + "\n"
 
 
+class Picture:
+    """A graph as it is now, printed only where it is asked for: most pictures of a graph before a pass are never looked at."""
+
+    def __init__(self, graph):
+        self.nodes = [_Drawn(n.op, n.target, n.name, n.args, n.kwargs, dict(n.meta)) for n in graph.nodes if n.op != "get_attr"]
+        self.frozen = {n.target for n in graph.nodes if n.op == "get_attr" and _is_frozen(g.attribute(graph.root, n.target))}
+
+    def __str__(self):
+        return "\n".join(line(node, self.frozen) for node in self.nodes) + "\n"
+
+
 def diff(before, after, names=("before", "after"), context=2):
     """The difference of two graphs (or of two texts of `show`) as a unified diff."""
-    lines = [(g_ if isinstance(g_, str) else show(g_)).splitlines() for g_ in (before, after)]
+    lines = [(str(g_) if isinstance(g_, (str, Picture)) else show(g_)).splitlines() for g_ in (before, after)]
     return "\n".join(difflib.unified_diff(*lines, *names, n=context, lineterm=""))
 
 

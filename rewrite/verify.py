@@ -163,7 +163,7 @@ INVARIANTS = (lint, canonical, constants_exist, shapes_agree, signature_kept, no
 
 
 def verify(graph, record, after, before=None):
-    """Check every invariant. Raises Broken naming the pass (`after`) and the invariant, with the difference to `before` (a text of `show`)."""
+    """Check every invariant. Raises Broken naming the pass (`after`) and the invariant, with the difference to `before` (a `Picture`, or a text of `show`)."""
     for invariant in INVARIANTS:
         reason = invariant(graph, record)
         if reason:

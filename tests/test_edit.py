@@ -9,6 +9,7 @@ from models import build, captured, example
 from torch import nn
 
 from rewrite import Pass, Refused, Spec, capture, merge, pipeline, rewrite
+from rewrite.edit import body
 
 EXACT = rounding(torch.float64)
 
@@ -298,6 +299,65 @@ def test_a_body_for_some_sizes_alone_is_refused(cls):
 
 
 # ---- what trains ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Blind(Pass):
+    """A body that never asks for a size."""
+
+    role = "linear"
+
+    def output(self, y):
+        return y + 0.5 * torch.tanh(y)
+
+
+@dataclass(frozen=True)
+class Sized(Pass):
+    """A body that asks for a size by itself, and goes by it: other numbers at each linear, and another op at one."""
+
+    role = "linear"
+
+    def output(self, y):
+        return y * y.shape[-1] if y.shape[-1] == 6 else y + y.shape[-1]
+
+
+@dataclass(frozen=True)
+class Modal(Pass):
+    """A body that looks at `training` in a way that leaves no trace by itself."""
+
+    role = "linear"
+
+    def output(self, y, training):
+        return torch.nn.functional.dropout(y, 0.5, training is True)
+
+
+def test_a_body_that_asks_for_no_size_is_traced_once(monkeypatch):
+    traced = []
+    monkeypatch.setattr("rewrite.edit.body._trace", lambda *args, trace=body._trace, **kwargs: traced.append(args) or trace(*args, **kwargs))
+    for cls, times in ((Blind, 1), (Sized, 2), (Modal, 2)):  # Modal: once for eval, once for training, for both linears
+        traced.clear()
+        live_two(cls, where=["linear", "head"])
+        assert len(traced) == times, (cls.__name__, len(traced))
+
+
+def test_a_body_fits_each_size_that_it_is_pasted_at():
+    model, x, live = live_two(Sized, where=["linear", "head"])
+    y = model.a(x) * 6
+    close(reference=model.b(torch.relu(y)) + 7, result=live(x), drift=EXACT)
+    rejects(reference=model.b(torch.relu(y)) + 6, result=live(x), drift=EXACT)
+    model, x, live = live_two(Blind, where=["linear", "head"])
+    blind = lambda y: y + 0.5 * torch.tanh(y)  # noqa: E731
+    close(reference=blind(model.b(torch.relu(blind(model.a(x))))), result=live(x), drift=EXACT)
+    values = [node.meta["val"].shape[-1] for node in live.graph.nodes if "made" in node.meta and node.op == "call_function"]
+    assert values == [*[6] * 3, *[7] * 3], values
+
+
+def test_a_body_that_hides_its_look_at_training_is_followed_in_both_modes():
+    _, x, live = live_two(Modal, where=["linear", "head"])
+    live.eval()
+    assert torch.equal(live(x), live(x))
+    live.train()
+    assert not torch.equal(live(x), live(x))
 
 
 def test_sites_without_one_input_or_without_parameters(written):

@@ -255,10 +255,18 @@ class Edit(Reading):
         values = [node.meta["val"] for node in inputs]
         operation = self.operation(site)
         fixed = (operation and operation.static, *((name, f.static) for name, f in functions.items()), *facts.items())
-        key = self.key(noun, function, site, tuple(names), tuple(absent), tuple(map(signature, values)), fixed)
-        body = self.bodies.get(key)
+        key = self.key(noun, function, site, tuple(names), tuple(absent), fixed)
+        sized = (key, self.fake_mode, tuple(map(signature, values)))
+        body = self.bodies.get(sized)
         if body is None:
-            body = self.bodies[key] = self._trace(site, function, [name for name in asked if name not in absent], target, names, extras, values, facts, functions, place)
+            alike = (key, tuple((v.dim(), v.dtype, v.device) if isinstance(v, torch.Tensor) else None for v in values))
+            general = self.bodies.get(alike)
+            body = general.at(values, self.fake_mode, place) if general is not None else None
+            if body is None:
+                body = self._trace(site, function, [name for name in asked if name not in absent], target, names, extras, values, facts, functions, place)
+                if body.is_general:
+                    self.bodies[alike] = body
+            self.bodies[sized] = body
         current = nodes.get(target)
         if current is not None and not current.users:
             raise Refused(f"{place}: nothing reads the value that {noun}() would replace.")
@@ -343,7 +351,7 @@ class Edit(Reading):
     def key(self, noun, function, site, *more):
         """What the body of a noun depends on, whatever rewrite of this capture it was traced for."""
         options, layout = self.step.options, site.layout
-        return (type(options), repr(options), noun, getattr(function, "__func__", None), self.fake_mode, self.marker, layout.rows, tuple(layout.turned), *more)
+        return (type(options), repr(options), noun, getattr(function, "__func__", None), self.marker, layout.rows, tuple(layout.turned), *more)
 
     @property
     def marker(self):

@@ -172,7 +172,7 @@ class Operation:
             return self.bare(x, weight)
         args = [weight if i == self.w else x if i == self.x else None if i == self.b else read(a) for i, a in enumerate(self.node.args)]
         y = self.bare(*args, **read(self.node.kwargs))
-        return y if rows in (None, y.shape[-1]) else y.narrow(-1, 0, rows)
+        return y if rows is None or rows == y.shape[-1] else y.narrow(-1, 0, rows)
 
     def mix(self, h, m, values):
         """`m` (out × rank) over the channels of `h`; per expert where the site has experts."""

@@ -250,7 +250,7 @@ class RowsEdit(Edit):
         operation = self.operation(site)
         fixed = (operation and operation.static, *((name, f.static) for name, f in functions.items()), *facts.items())
         values = [node.meta["val"] for node in inputs]
-        key = self.key(noun, function, site, tuple(nodes), kinds, tuple(map(signature, values)), fixed)
+        key = self.key(noun, function, site, self.fake_mode, tuple(nodes), kinds, tuple(map(signature, values)), fixed)
         if key not in self.bodies:
             run = Rows(self, site, target, function, asked, tuple(nodes), extras, kinds, facts, functions, place).run
             self.bodies[key] = self._body(run, values, place, "training" in asked)
