@@ -3,7 +3,7 @@
     placeholder   one per tensor leaf of the inputs
     get_attr      a tensor by its original dotted path, or a module's `….training`
     call_function an ATen overload, one of our ops, or size arithmetic (`HOST`)
-    call_module   a module that could not be captured (opaque)
+    call_module   a module, or a method of one, that could not be captured (opaque), or that does something in training alone
     output        one flat tuple
 
 Nothing else. Every node carries `meta["path"]` (the module it came from) and `meta["val"]` (its fake value).
@@ -69,7 +69,8 @@ class Graph:
     `fx` holds the nodes, `root` the tensors: a tree of shallow clones of the model's modules whose Parameters are new objects over
     the model's storage. `inputs` and `outputs` name the leaves, in order (`past_key_values.0.key`). `blocks` are the paths of the
     repeated modules. `checks` must hold for the inputs of each call. `opaque` maps the path of a module that stays one call to the
-    reason, `notes` are fall-backs for the report. `variants` are the other graphs over the same root; one that `is_inner` is a leaf module inside
+    reason; `training_only` are those that hold no tensor and hand their input on in eval mode (stochastic depth, masks of SpecAugment): these hide
+    nothing. `notes` are fall-backs for the report. `variants` are the other graphs over the same root; one that `is_inner` is a leaf module inside
     an opaque one, captured on its own: a part of the model that no other graph shows; `around` are the model's blocks then, `part` is what the leaf
     is to a mixer ("in", "inner", "out"; "" where that is not known). `captured` is the graph before the passes, where one of
     them may be done again. `front`: how many tokens passes have put before the model's own. `known`: what has been worked out of this
@@ -85,6 +86,7 @@ class Graph:
     blocks: tuple[str, ...] = ()
     checks: tuple[Check, ...] = ()
     opaque: dict[str, str] = field(default_factory=dict)
+    training_only: frozenset[str] = frozenset()
     notes: list[str] = field(default_factory=list)
     variants: dict[str, "Graph"] = field(default_factory=dict)
     signature: object = None
@@ -163,6 +165,15 @@ def attribute(root, path):
         except AttributeError:
             raise AttributeError(f"{path}: no {name!r} on {type(value).__name__}") from None
     return value
+
+
+def parameters_of(root, path):
+    """{path: parameter} of what a `call_module` runs: all that a module holds, or what a method's own module does."""
+    called = attribute(root, path)
+    if isinstance(called, nn.Module):
+        return {f"{path}.{name}": parameter for name, parameter in called.named_parameters()}
+    owner = path.rpartition(".")[0]
+    return {f"{owner}.{name}" if owner else name: parameter for name, parameter in attribute(root, owner).named_parameters(recurse=False)}
 
 
 def has_attribute(root, path):

@@ -54,7 +54,7 @@ def canonical(graph, record):
     for node in graph.nodes:
         if node.op == "call_function" and not (isinstance(node.target, torch._ops.OpOverload) or node.target in g.HOST or hasattr(node.target, "reference")):
             return f"{line(node)}: {node.target} is neither an ATen op, nor one of ours, nor size arithmetic"
-        if node.op == "call_module" and node.target not in graph.opaque:
+        if node.op == "call_module" and node.target not in graph.opaque and node.target not in graph.training_only:
             return f"{line(node)}: calls a module that is not opaque"
         if node.op == "call_method":
             return f"{line(node)}: a method call"

@@ -13,9 +13,12 @@ from torch import fx, nn
 from rewrite.calls.leaves import leaves
 from rewrite.capture.model import capture
 from rewrite.emit.live import make_live
+from rewrite.emit.onnx import export_onnx
+from rewrite.emit.program import export_program
 from rewrite.emit.unlabelled import unlabelled
 from rewrite.errors import Refused
 from rewrite.graph import HOST, attribute
+from rewrite.roles.find import everywhere
 
 SHAPES = [(2, 7), (1, 1), (3, 11), (1, 5), (2, 1)]
 
@@ -236,6 +239,59 @@ def check_toy(model, shapes=SHAPES, opaque=(), make=lambda batch, length: torch.
     buffers = dict(root.named_buffers())
     assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
     return graph
+
+
+class Depth(nn.Module):
+    """Stochastic depth: drops rows in training, and does nothing (`scale`: times that) in eval mode."""
+
+    def __init__(self, scale=1):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x):
+        if not self.training:
+            return x if self.scale == 1 else x * self.scale
+        return x.div(0.5) * torch.floor(torch.rand((x.shape[0], 1, 1)) + 0.5)
+
+
+class Masks(nn.Module):
+    """Hides places of its input that numpy draws, in training: SpecAugment."""
+
+    def __init__(self):
+        super().__init__()
+        self.mask, self.inner = nn.Parameter(torch.ones(8)), nn.Linear(8, 8)
+
+    def _hide(self, x, rate=0.5):
+        if self.training:
+            x = x.clone()
+            x[torch.tensor(numpy.random.rand(*x.shape[:2]) < rate)] = self.mask
+        return x
+
+    def forward(self, x):
+        return self.inner(self._hide(x, rate=0.6))
+
+
+def test_what_does_something_in_training_alone_hides_nothing(tmp_path):
+    graph = check_toy(Stack(Depth()))
+    assert graph.training_only == {"between"} and "opaque" not in {site.role for site in everywhere(graph)}
+    assert not check_toy(Stack(Depth(scale=2)), opaque=["between"]).training_only
+    model = Stack(Masks())
+    graph = capture(model.eval(), (torch.randn(2, 7, 8),))
+    assert graph.training_only == {"between._hide"} and [site.path for site in everywhere(graph)["linear"]] == ["first", "between.inner"]
+    live = make_live(graph)
+    assert export_onnx(live, tmp_path / "model.onnx").error < 1e-4
+    export_program(live, tmp_path / "model.pt2")
+    x = torch.randn(3, 9, 8)
+    assert torch.equal(model(x), live(x))
+    wanted = []
+    for run in (model.train(), live.train()):
+        torch.manual_seed(0)
+        numpy.random.seed(0)
+        run(x).sum().backward()
+        wanted.append(run.between.mask.grad)
+    assert torch.equal(*wanted) and wanted[0].abs().sum() > 0
+    numpy.random.seed(1)
+    assert not torch.equal(model(x), live(x))  # other draws are seen
 
 
 class Threshold(nn.Module):

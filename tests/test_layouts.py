@@ -165,7 +165,7 @@ LAYOUTS = {
     "mpt": (lambda: T.MptForCausalLM(T.MptConfig(d_model=24, n_heads=4, n_layers=1, expansion_ratio=2, max_seq_len=64, vocab_size=99, **SPECIAL)), FUSED),
     "t5": (lambda: T.T5ForConditionalGeneration(T.T5Config(vocab_size=99, d_model=24, d_kv=10, d_ff=56, num_layers=1, num_heads=4, **SPECIAL, decoder_start_token_id=0)), BOTH),
     "deberta": (lambda: T.DebertaForMaskedLM(T.DebertaConfig(**ONE, max_position_embeddings=64, pad_token_id=0)), FUSED),
-    "swin": (lambda: T.SwinForImageClassification(T.SwinConfig(image_size=8, patch_size=2, embed_dim=12, depths=[2], num_heads=[2], window_size=2, drop_path_rate=0.0, num_labels=3)),
+    "swin": (lambda: T.SwinForImageClassification(T.SwinConfig(image_size=8, patch_size=2, embed_dim=12, depths=[2], num_heads=[2], window_size=2, drop_path_rate=0.3, num_labels=3)),
              "attention.{q,k,v,o} ×2, mlp.{up,down} ×2"),
     "clip": (lambda: T.CLIPTextModelWithProjection(T.CLIPTextConfig(**ONE, eos_token_id=98, bos_token_id=97, max_position_embeddings=64, attn_implementation="eager")), PLAIN),
     "cvt": (lambda: T.CvtForImageClassification(T.CvtConfig(embed_dim=[12] * 3, depth=[1, 2, 3], num_heads=[2] * 3, **STAGES)), "attention.{q,k,v,o} ×6, attention.conv ×18, mlp.{up,down} ×6, conv ×3"),

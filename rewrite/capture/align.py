@@ -24,10 +24,10 @@ _LAYOUT = aten.contiguous.default  # not even asked of a value that is contiguou
 
 
 class Misaligned(Exception):
-    """The runs differ in more than arguments, first in the module at `path`."""
+    """The runs differ in more than arguments, first in the module at `path`, in its code of the name `function` where that is known."""
 
-    def __init__(self, path, words):
-        self.path, self.words = path, words
+    def __init__(self, path, words, function=None):
+        self.path, self.words, self.function = path, words, function
         super().__init__(f"{path or 'the model'}: {words}")
 
 def _path(node):
@@ -112,7 +112,8 @@ class Alignment:
                 continue
             if other is None or node.op != other.op or (node.op not in ("placeholder", "output") and node.target != other.target):
                 odd = self._odd_one(other, node, first[place:])
-                raise Misaligned(_path(odd), f"the two runs differ: {other.format_node() if other is not None else 'nothing'} / {node.format_node()}")
+                words = f"the two runs differ: {other.format_node() if other is not None else 'nothing'} / {node.format_node()}"
+                raise Misaligned(_path(odd), words, (odd.meta.get("source") or "").rpartition(", in ")[2])
             self.counters += [(other, counter.args[0].target) for counter in waiting]
             waiting = []
             self.pairs[node] = other

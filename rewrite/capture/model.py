@@ -25,7 +25,7 @@ from .coded import mark, read_modules
 from .fakes import uncollected
 from .reads import Merge, read_devices
 from .tidy import named_arguments, set_argument, tidy
-from .trace import CannotTrace, trace
+from .trace import CannotTrace, is_method, trace
 
 _ATTEMPTS = 24
 _NUMBER = re.compile(r"_\d+$")
@@ -126,7 +126,8 @@ class _Capture:
             outputs=ours.outputs,
             blocks=_blocks(self.model, ours.called),
             checks=self._checks(ours, theirs),
-            opaque={path: reason for path, reason in self.opaque.items() if path in called},
+            opaque={path: reason for path, reason in self.opaque.items() if path in called - ours.training_only},
+            training_only=ours.training_only & called,
             notes=self.notes,
         )
 
@@ -135,6 +136,7 @@ class _Capture:
     def _pair(self):
         """→ (our trace, merged with theirs; their trace), modules that cannot be traced or merged made opaque on the way."""
         for _ in range(_ATTEMPTS):
+            method = None
             try:
                 ours = self._trace(training=False, seed=1)
                 failed = self._specialised(ours)
@@ -146,10 +148,11 @@ class _Capture:
                     self.notes += notes
                     return ours, theirs
             except CannotTrace as error:
-                failed = error.stack, error.reason
+                failed, method = (error.stack, error.reason), error.method
             except Misaligned as error:
                 failed = self._around(error.path), error.words
-            self._give_up(*failed)
+                method = error.function if error.function and is_method(self.modules[failed[0][-1]], error.function) else None
+            self._give_up(*failed, method=method)
         raise Refused(f"{type(self.model).__name__}: after {_ATTEMPTS} attempts there was still something that could not be captured: {failed[1]}")
 
     def _twins(self):
@@ -203,8 +206,12 @@ class _Capture:
                 return guard.stack, f"{guard.place}: {name} would be fixed at {value} {why}", name, guard.torch_asked
         return None
 
-    def _give_up(self, stack, reason, symbol=None, must_fit=False):
-        """Make the innermost module at work opaque, with all of its class; a module that is opaque already sends it outwards."""
+    def _give_up(self, stack, reason, symbol=None, must_fit=False, method=None):
+        """Make the innermost method or module at work opaque, with all of its class; what is opaque already sends it outwards."""
+        if method is not None and f"{stack[-1]}.{method}".lstrip(".") not in self.opaque:
+            kind = type(self.modules[stack[-1]])
+            self.opaque.update({f"{path}.{method}".lstrip("."): reason for path, module in self.modules.items() if type(module) is kind})
+            return
         for path in () if must_fit else reversed(stack):
             if not path or path == self.variant.owner:
                 break

@@ -1,14 +1,16 @@
-"""A module that stays one call: what it returns, learnt by running it alone.
+"""A module, or a method of one, that stays one call: what it returns, learnt by running it alone.
 
     y = mixer(x)        x: (batch, length, 24)
     -->
     %mixer = call_module[backbone.layers.0.mixer](%x)        (batch, length, 24)
 
 It is run at the sizes of the example, and again with each size a little larger: how its outputs grow gives their shapes as sums of
-symbols. Fake tensors do where the module never asks for a value; else small random ones.
+symbols. Fake tensors do where the module never asks for a value; else small random ones. One that hands its very input on in eval mode
+(stochastic depth, masks drawn by numpy) does something in training alone.
 """
 
 import threading
+from itertools import chain
 
 import sympy
 import torch
@@ -25,8 +27,8 @@ SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _LARGEST = 2**27  # elements that are made up for a module whose own tensors have no values
 
 
-def stand_in(tracer, module, path, args, kwargs):
-    """Write a call of the module at `path` and return fake outputs. Raises TypeError where it takes or gives more than tensors."""
+def stand_in(tracer, path, args, kwargs):
+    """Write a call of the module or method at `path` and return fake outputs. Raises TypeError where it takes or gives more than tensors."""
     given, spec = pytree.tree_flatten((args, kwargs))
     for value in given:
         if not isinstance(value, (torch.Tensor, *CONSTANTS, *SIZES)):
@@ -64,6 +66,8 @@ def _outputs(tracer, path, given, spec):
     run = _runner(tracer, path, spec)
     first, tree = run(_sized(given, hints))
     inner = dict(run.calls)
+    if run.hands_on and not (isinstance(part := attribute(tracer.model, path), torch.nn.Module) and any(True for _ in chain(part.parameters(), part.buffers()))):
+        tracer.training_only.add(path)
     shapes = [list(value.shape) if isinstance(value, torch.Tensor) else None for value in first]
     grown = [[sympy.Integer(size) for size in shape] if shape is not None else None for shape in shapes]
     for symbol in symbols:
@@ -115,17 +119,19 @@ class _runner:
     """inputs as `_sized` gives them → (flat outputs, tree); on fake tensors, from the first failure on with random ones.
 
     `calls`: name of a leaf module inside → (shape, dtype) of the one tensor that the last run gave it, and its part (`_Trail`).
+    `hands_on`: whether it gave back its first input itself.
     """
 
     def __init__(self, tracer, path, spec):
         self.tracer, self.path, self.spec = tracer, path, spec
-        self.attempts, self.calls = [_fakes, _numbers], {}
+        self.attempts, self.calls, self.hands_on = [_fakes, _numbers], {}, False
 
     def __call__(self, inputs):
         while True:
             self.calls = {}
             try:
-                return _alone(lambda: self.attempts[0](self.tracer, self.path, self.spec, inputs, self.calls))
+                outputs, tree, self.hands_on = _alone(lambda: self.attempts[0](self.tracer, self.path, self.spec, inputs, self.calls))
+                return outputs, tree
             except Exception:  # a model's own code may raise anything; with numbers it may go on
                 if len(self.attempts) == 1:
                     raise
@@ -202,9 +208,10 @@ def _alone(function):
 
 def _fakes(tracer, path, spec, inputs, calls):
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        module, _ = fake_tree(attribute(tracer.model, path), mode, tracer.cast)
+        module, method = called(tracer.model, path)
+        module, _ = fake_tree(module, mode, tracer.cast)
         values = [torch.empty(value[0], dtype=value[1], device=value[2]) if isinstance(value, tuple) else value for value in inputs]
-        return _call(module, spec, values, calls)
+        return _call(module, method, spec, values, calls)
 
 
 def _numbers(tracer, path, spec, inputs, calls):
@@ -216,22 +223,29 @@ def _numbers(tracer, path, spec, inputs, calls):
         return torch.ones(shape, dtype=dtype, device=device)
 
     with torch.no_grad():
-        module = clone_tree(attribute(tracer.model, path))
+        module, method = called(tracer.model, path)
+        module = clone_tree(module)
         size = sum(t.numel() for t in (*module.parameters(), *module.buffers()) if t.is_meta)
         if size > _LARGEST:
             raise TypeError(f"{path} asks for values, and its own {size:,} have none on the meta device")
         module._apply(lambda t: made(t.shape, tracer.cast(t.dtype), "cpu") if t.is_meta else t.to(tracer.cast(t.dtype)))
         values = [made(*value) if isinstance(value, tuple) else value for value in inputs]
-        return _call(module, spec, values, calls)
+        return _call(module, method, spec, values, calls)
 
 
-def _call(module, spec, values, calls):
+def called(tree, path):
+    """(the module, the name of its method) that a call by path runs."""
+    found = attribute(tree, path)
+    return (found, "__call__") if isinstance(found, torch.nn.Module) else (attribute(tree, path.rpartition(".")[0]), found.__name__)
+
+
+def _call(module, method, spec, values, calls):
     trail = _Trail()
     _listen(module, calls, trail)
     for part in module.modules():
         part.__dict__["training"] = False
     args, kwargs = pytree.tree_unflatten(values, spec)
     with trail:
-        outputs, tree = pytree.tree_flatten(module(*args, **kwargs))
+        outputs, tree = pytree.tree_flatten(getattr(module, method)(*args, **kwargs))
     calls.update({name: (*given, trail.part(name, outputs)) for name, given in calls.items()})
-    return outputs, tree
+    return outputs, tree, len(outputs) == 1 and outputs[0] is values[0]

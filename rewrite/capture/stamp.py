@@ -78,6 +78,7 @@ class Recording:
         tracer, given = self.tracer, self.given
         last = next(iter(reversed(tracer.graph.nodes)))
         calls, called, constants, inner = Counter(tracer.calls), set(tracer.called), len(tracer.constants), set(tracer.inner)
+        training_only = set(tracer.training_only)
         with torch._C.DisableTorchFunction():
             before = self._state()
         symbols, words = tracer.fake_mode.shape_env.unbacked_symint_counter, []
@@ -96,6 +97,7 @@ class Recording:
         self.calls = {path: (calls[path], tracer.calls[path] - calls[path]) for path in tracer.calls if tracer.calls[path] != calls[path]}
         self.called = tracer.called - called | set(self.calls)
         self.inner = {path: found for path, found in tracer.inner.items() if path not in inner}
+        self.training_only = tracer.training_only - training_only
         try:
             if words:
                 raise Unlike(words[0])
@@ -313,6 +315,7 @@ class Recording:
             tracer.calls[modules.get(path, path)] += count
         tracer.called |= {modules.get(path, path) for path in self.called}
         tracer.inner.update((modules.get(path, path), found) for path, found in self.inner.items())
+        tracer.training_only |= {modules.get(path, path) for path in self.training_only}
         tracer.read = read(self.read)
         result = [value_of(told) for told in self.outputs]
         for (number, place), (kind, values) in self.slots.items():

@@ -73,7 +73,7 @@ class Trace:
     symbol → its size in the example. `replacements`: what tracing put in a symbol's place. `called`: paths of the modules that ran.
     `inner`: path of a leaf inside a module that stays one call → (shape, dtype, shape at larger sizes) of what it was given, its part.
     `filled`: sizes that depend on values and were taken not to be zero → the line that asked. `stamped`: calls that were written down
-    from one like them; `notes`: why others of them were not.
+    from one like them; `notes`: why others of them were not. `training_only`: calls that hand their input on in eval mode.
     """
 
     graph: fx.Graph
@@ -90,13 +90,14 @@ class Trace:
     inner: dict[str, tuple]
     stamped: int
     notes: list[str]
+    training_only: frozenset[str]
 
 
 class CannotTrace(Exception):
-    """Tracing failed: `path` is the innermost module at work, `stack` all of them, the cause is chained."""
+    """Tracing failed: `stack` are the modules at work, `method` is the innermost method of the last one that was, if any; the cause is chained."""
 
-    def __init__(self, stack, cause):
-        self.stack = tuple(stack)
+    def __init__(self, stack, cause, method=None):
+        self.stack, self.method = tuple(stack), method
         self.reason = f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause).strip() else 'no message'}"
         super().__init__(f"{self.stack[-1] if self.stack else 'the model'}: {self.reason}")
 
@@ -208,7 +209,7 @@ class Tracer(PythonKeyTracer):
         self.opaque = opaque
         self.calls, self.stack, self.constants, self.called = Counter(), [], {}, set()
         self.made, self._constant_nodes = Counter(), {}
-        self.failed, self.read, self.inner, self.stamps = None, {}, {}, None
+        self.failed, self.read, self.inner, self.stamps, self.training_only = None, {}, {}, None, set()
 
     def create_node(self, kind, target, args, kwargs, name=None, type_expr=None):
         make = self.graph if kind == "get_attr" else super()
@@ -261,10 +262,11 @@ class Tracer(PythonKeyTracer):
         self.made[owner] += 1
         node.target, self.constants[path], self._constant_nodes[path] = path, value, node
 
-    def stand_in(self, module, path, args, kwargs):
-        """One node for the call of a module that is left out; what cannot be handed over sends the failure to its parent."""
+    def stand_in(self, path, args, kwargs):
+        """One node for the call of a module or method that is left out; what cannot be handed over sends the failure to its parent."""
+        self.called.add(path)
         try:
-            return stand_in(self, module, path, args, kwargs)
+            return stand_in(self, path, args, kwargs)
         except Exception:  # which modules were at work when it was raised
             if self.failed is None:
                 self.failed = [entry[0] for entry in self.stack]
@@ -275,8 +277,7 @@ class Tracer(PythonKeyTracer):
         if path is None:
             return forward(*args, **kwargs)
         if path in self.opaque:
-            self.called.add(path)
-            return self.stand_in(module, path, args, kwargs)
+            return self.stand_in(path, args, kwargs)
         if self.stamps is None:
             return self.enter(path, forward, args, kwargs)
         return self.stamps.call(module, path, lambda: self.enter(path, forward, args, kwargs), args, kwargs)
@@ -297,11 +298,27 @@ class Tracer(PythonKeyTracer):
             self.stack.pop()
 
 
+def is_method(module, name):
+    """Whether a module's class has a method of a name that is its own; a call of its `forward` is one of the module."""
+    return not hasattr(torch.nn.Module, name) and hasattr(type(module), name)
+
+
+def _method(module, error):
+    """The innermost method of a module that was at work when an error was raised, or None."""
+    found, step = None, error.__traceback__
+    while step is not None:
+        name = step.tb_frame.f_code.co_name
+        if step.tb_frame.f_locals.get("self") is module and is_method(module, name):
+            found = name
+        step = step.tb_next
+    return found
+
+
 def trace(model, variant, *, training=False, cast=lambda dtype: dtype, seed=0, least=False, opaque=(), stamp=True):
     """Run the call of `variant` on fake tensors and write it down.
 
     training: the mode of every module. cast: dtype → dtype of all tensors of the model and of the inputs. least: every symbol takes its
-    least size as its example. seed: of torch, numpy and random while tracing. opaque: paths of modules that stay one call.
+    least size as its example. seed: of torch, numpy and random while tracing. opaque: paths of modules and methods that stay one call.
     stamp: calls like earlier ones are not run again, see `stamp`.
     Raises CannotTrace with the modules at work. The model is not touched.
     """
@@ -320,6 +337,10 @@ def trace(model, variant, *, training=False, cast=lambda dtype: dtype, seed=0, l
         tracer = Tracer(tree, paths, opaque)
         env.tracer, env.asked, env.filled = tracer, [], {}
         tracer.model, tracer.cast, tracer.fake_mode = model, cast, fake_mode
+        for path in opaque:
+            if not isinstance(attribute(tree, path), torch.nn.Module):
+                owner, _, name = path.rpartition(".")
+                attribute(tree, owner).__dict__[name] = lambda *args, path=path, **kwargs: tracer.stand_in(path, args, kwargs)
         tracer.stamps = Stamps(tracer, tree) if stamp else None
         tracer.sizes = {size.node._expr: size for size in sizes.values()}
         tracer.hints = {symbol: int(size.node.hint) for symbol, size in tracer.sizes.items()}
@@ -346,7 +367,8 @@ def trace(model, variant, *, training=False, cast=lambda dtype: dtype, seed=0, l
             try:
                 graph = tracer.trace(wrap_key(fake_signature(run, len(fakes)), tuple(fakes), tracer, True), concrete_args=holes)
             except Exception as error:  # a model's own code may raise anything: the module at work becomes opaque
-                failure = CannotTrace(tracer.failed or [], error)
+                stack = tracer.failed or []
+                failure = CannotTrace(stack, error, _method(attribute(tree, stack[-1]), error) if stack else None)
                 failure.__cause__ = error
             else:
                 failure = None
@@ -372,4 +394,5 @@ def trace(model, variant, *, training=False, cast=lambda dtype: dtype, seed=0, l
         inner=tracer.inner,
         stamped=tracer.stamps.stamped if tracer.stamps is not None else 0,
         notes=tracer.stamps.notes if tracer.stamps is not None else [],
+        training_only=frozenset(tracer.training_only),
     )

@@ -187,7 +187,7 @@ class Edit(Reading):
         paths = [path for path in paths if isinstance(g.attribute(self.graph.root, path), nn.Parameter)]
         for node in inside:
             if node.op == "call_module":
-                paths += [f"{node.target}.{name}" for name, _ in g.attribute(self.graph.root, node.target).named_parameters()]
+                paths += g.parameters_of(self.graph.root, node.target)
         if not paths:
             raise Refused(f"{self.step.place}: {self.kind} at {site.name}: no parameter lies between its inputs and its output. Name the sites that have some.")
         return paths

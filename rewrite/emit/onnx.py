@@ -125,7 +125,7 @@ def _kept(graph):
 
 def _refuse(graph, nodes, place):
     """Say what no export can hold: modules that stayed opaque, weights that are not there."""
-    opaque = [node for node in nodes if node.op == "call_module"]
+    opaque = [node for node in nodes if node.op == "call_module" and node.target not in graph.training_only]
     if opaque:
         lines = [f"  {node.target}: {graph.opaque.get(node.target, 'it could not be captured')}" for node in opaque]
         head = f"{place}: {len(opaque)} part(s) of the model could not be captured and have no ONNX form:"

@@ -35,6 +35,8 @@ def recast(graph, place):
                 node.meta["val"] = value.to(casts.get(value.dtype, value.dtype))
             elif node.op == "call_function" and node.target is not count:
                 node.meta["val"] = _value(node, value)
+            elif node.op == "call_module" and node.target in graph.training_only:
+                node.meta["val"] = node.args[0].meta["val"]
     return replace(graph, fx=copied)
 
 

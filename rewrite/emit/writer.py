@@ -84,6 +84,8 @@ class Writer(Builder):
             if node.op == "call_function":
                 self.scope = prefix + node.name
                 self._step(node, prefix)
+            if node.op == "call_module":  # of those that can be written each hands its input on
+                self.values[node] = self.argument(node.args[0])
 
     def _step(self, node, prefix):
         try:

@@ -153,7 +153,7 @@ def _picks_rows(flow, node):
     """Whether the indices of a pick select tokens or experts later on."""
     queue, seen = list(node.users), set(node.users)
     for current in queue:
-        if flow.name[current] in _INDEXING or "grouped_mm" in flow.name[current] or current.op == "call_module":
+        if flow.name[current] in _INDEXING or "grouped_mm" in flow.name[current] or flow.is_opaque(current):
             return True
         if current.op == "output" or current in flow.affine:
             continue
@@ -167,7 +167,7 @@ def _picks_rows(flow, node):
 def read_branch(flow, y, routers, taken, results):
     """What a branch is: an Mlp, a Mixer or None. `taken` are affine ops that belong to attention, `results` the attentions' values."""
     inside, ends = flow.sources(y, results)
-    opaque = next((n for n in inside if n.op == "call_module" and flow.parents(n)), None)
+    opaque = next((n for n in inside if flow.is_opaque(n) and flow.parents(n)), None)
     if opaque is not None and not ends:
         return Mixer(flow.strip(flow.parents(opaque)[0], drops=False, scales=False), y)
     downs = [end for end in ends if end not in routers]

@@ -85,7 +85,7 @@ class Flow:
         self.graph = graph
         self.nodes = list(graph.nodes)
         self.place = {node: i for i, node in enumerate(self.nodes)}
-        self.name = {node: op_name(node) for node in self.nodes}
+        self.name = {node: op_name(node) if node.op != "call_module" or self.is_opaque(node) else "dropout" for node in self.nodes}
         self.reads = {node: () if self.name[node] in _SHAPED_LIKE or node.target in _ASKING else tensors(node) for node in self.nodes}
         self.content = frozenset()
         self._shapes = {}
@@ -219,12 +219,16 @@ class Flow:
                     queue.append(user)
         return sorted(found, key=self.place.__getitem__)
 
+    def is_opaque(self, node):
+        """Whether a node calls what could not be captured; a call that hands its input on in eval mode counts as a dropout."""
+        return node.op == "call_module" and node.target not in self.graph.training_only
+
     def is_nonlinear(self, node):
         return self.name[node] in _NONLINEAR
 
     def is_mixing(self, node):
         """Whether an op mixes positions: a product of two activations, a scan, an opaque module."""
-        return self.name[node] in _MIXING or node.op == "call_module"
+        return self.name[node] in _MIXING or self.is_opaque(node)
 
     def is_softmax(self, node):
         return self.name[node] in _SOFTMAX

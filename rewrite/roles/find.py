@@ -212,7 +212,7 @@ class _Survey:
             call = ops[-1].meta.get("call", 0) if ops else None
             sites.append(self._plain(role, (role,), y, self._common(ops, y), {"x": x, "y": y}, call))
         for node in self.flow.nodes:
-            if node.op == "call_module":
+            if self.flow.is_opaque(node):
                 x = next((n for n in self.flow.parents(node) if is_float(n)), None)
                 sites.append(self._plain("opaque", ("opaque",), node, node.target, {"x": x, "y": node}))
         sites += self._block_sites()

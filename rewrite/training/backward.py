@@ -9,7 +9,7 @@ import contextlib
 
 import torch
 
-from ..graph import reached
+from ..graph import parameters_of, reached
 
 REGION = "region"  # node.meta: the kind of region that the node lies in
 NO_GRAD = "no_grad"
@@ -35,9 +35,9 @@ def lost_gradient(graph, trains):
                 source[node] = node.target
             continue
         if node.op == "call_module":
-            inner = next((name for name, _ in graph.root.get_submodule(node.target).named_parameters() if trains(f"{node.target}.{name}")), None)
+            inner = next((path for path in parameters_of(graph.root, node.target) if trains(path)), None)
             if inner is not None:
-                source[node] = f"{node.target}.{inner}"
+                source[node] = inner
         before = next((source[n] for n in node.all_input_nodes if n in source), source.get(node))
         if before is None or node.op == "output" or not _is_differentiable(node):
             continue
