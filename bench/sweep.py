@@ -2,10 +2,10 @@
 
     python -m bench.sweep [--only REGEX] [--task TASK] [--jobs 2] [--seconds 180] [--gibibytes 6] [--again failed | all] [--table]
 
-One line of JSON per model goes to build/sweep.jsonl as soon as it is known, so a run that was stopped goes on where it was; `--again` forgets the
-lines that it names. Each model runs in a process of its own, under a time and a memory limit. At the end bench/results/sweep.json,
-docs/architectures.md and bench/results/not-built.json are written from all the lines. Exit code 1: something failed, or a model that could be built
-before can be built no more.
+What it takes beside the package: `pip install -c constraints.txt -e ".[test,sweep]"`. One line of JSON per model goes to build/sweep.jsonl as
+soon as it is known, so a run that was stopped goes on where it was; `--again` forgets the lines that it names. Each model runs in a process of its
+own, under a time and a memory limit. At the end bench/results/sweep.json, docs/architectures.md and bench/results/not-built.json are written from
+all the lines. Exit code 1: something failed, or a model that could be built before can be built no more.
 """
 
 import argparse
@@ -128,7 +128,7 @@ def records():
 
 def versions():
     found = {}
-    for name in ("torch", "transformers", "peft", "timm", "diffusers"):
+    for name in ("torch", "transformers", "peft", "timm", "diffusers", "torchvision"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -145,6 +145,7 @@ def commit():
 def main():
     from .plain import entries as plain
     from .tables import write
+    from .tables import write
     from .tiny import TASKS, architectures
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -158,6 +159,10 @@ def main():
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
     import torch
+
+    from .wheels import torchvision
+
+    torchvision()
     import transformers
 
     transformers.logging.set_verbosity_error()
