@@ -5,7 +5,6 @@ Every check says "ok", or what is wrong in words. All random generators are seed
 
 import copy
 import random
-import re
 import time
 
 import numpy
@@ -20,6 +19,8 @@ from rewrite.pipeline import apply, live_of
 from rewrite.report import Report
 from rewrite.roles.find import roles
 from rewrite.spec.parse import Spec
+
+from .agreement import agreement
 
 SHAPES = ((2, 10), (1, 4))
 TOKENS = 5
@@ -346,40 +347,3 @@ class Judged:
 def _own(model):
     sizes = Examples(model).sizes
     return sizes.batch, sizes.length
-
-
-def agreement(model, sites):
-    """What PEFT's hand-kept tables name in this model, and which roles stand there; {} where they do not know it."""
-    from peft.utils import constants
-
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    tables = {"lora": "LORA_TARGET", "ia3": "IA3_TARGET", "norms": "LNTUNING_TARGET"}
-    found = {}
-    for name, part in tables.items():
-        targets = getattr(constants, f"TRANSFORMERS_MODELS_TO_{part}_MODULES_MAPPING").get(kind)
-        if targets is None:
-            continue
-        paths = [path for path, module in model.named_modules() if _is_target(path, targets) and any(True for _ in module.parameters())]
-        at = {}
-        for site in sites:
-            if site.layout.kind or site.role == "norm":
-                at.setdefault(site.owner, set()).add(site.role)
-                at.setdefault(site.path, set()).add(site.role)
-        named = sorted({role for path in paths for role in at.get(path, ())})
-        entry = {"targets": targets, "modules": len(paths), "roles": named}
-        unknown = [path for path in paths if path not in at]
-        if unknown:
-            entry["without role"] = unknown[:4]
-        if name == "lora":
-            ours = {site.path for site in sites if {"attention.q", "attention.v"} & set(site.roles)}
-            beside = sorted(ours - set(paths))
-            if beside:
-                entry["q and v beside"] = beside[:4]
-        found[name] = entry
-    return found
-
-
-def _is_target(path, targets):
-    if isinstance(targets, str):
-        return re.fullmatch(targets, path) is not None
-    return any(path == target or path.endswith(f".{target}") for target in targets)

@@ -5,7 +5,7 @@
 What it takes beside the package: `pip install -c constraints.txt -e ".[test,sweep]"`. One line of JSON per model goes to build/sweep.jsonl as
 soon as it is known, so a run that was stopped goes on where it was; `--again` forgets the lines that it names. Each model runs in a process of its
 own, under a time and a memory limit. At the end bench/results/sweep.json, docs/architectures.md and bench/results/not-built.json are written from
-all the lines. Exit code 1: something failed, or a model that could be built before can be built no more.
+all the lines. Exit code 1: something failed, or a model was not built that not-built.json does not name: it may only become shorter.
 """
 
 import argparse
@@ -186,10 +186,12 @@ def main():
         print(f"{sum(counts.values()):>4}/{len(todo)} {found['outcome']:<9} {found['seconds']['all']:>6.1f} s  {entry.name}  {found.get('reason', '')[:160]}", flush=True)
 
     sweep(todo, given.jobs, given.seconds, given.gibibytes, done)
-    print(f"{time.monotonic() - start:.0f} s: {', '.join(f'{n} {name}' for name, n in counts.most_common())}")
+    seconds = round(time.monotonic() - start)
+    run = {"command": " ".join(("python -m bench.sweep", *sys.argv[1:])), "models": len(todo), "seconds": seconds}
+    print(f"{seconds} s: {', '.join(f'{n} {name}' for name, n in counts.most_common())}")
     found = records()
     complete = [found[e.name] for e in everything if e.name in found]
-    sys.exit(write(complete, [e for e in everything if e.name not in found], versions(), RESULTS, NOT_BUILT, TABLE))
+    sys.exit(write(complete, [e for e in everything if e.name not in found], versions(), run, RESULTS, NOT_BUILT, TABLE))
 
 
 if __name__ == "__main__":

@@ -14,27 +14,26 @@ MEANING = {
 }
 
 
-def write(records, missing, versions, results, not_built, table):
-    """Write the three files. Returns 1 where something failed, or where something is not built that was before; 0 otherwise."""
+def write(records, missing, versions, run, results, not_built, table):
+    """Write the three files. Returns 1 where something failed, or where something is not built that the list does not name; 0 otherwise."""
     records = json.loads(re.sub(r"/[^ \"]*site-packages/", "", json.dumps(records)))  # where it is installed says nothing
     counts = collections.Counter(record["outcome"] for record in records)
     before = json.loads(not_built.read_text()) if not_built.exists() else None
     now = {record["name"]: record["reason"] for record in records if record["outcome"] == "not built"}
-    last = json.loads(results.read_text()) if results.exists() else {"missing": [], "records": []}
-    new = {*last["missing"], *(record["name"] for record in last["records"] if record["outcome"] == "not built")}  # never run, or never built
-    grown = sorted(now.keys() - before.keys() - new) if before is not None else []
+    grown = sorted(now.keys() - before.keys()) if before is not None else []
     results.parent.mkdir(exist_ok=True)
-    results.write_text(json.dumps({"versions": versions, "counts": counts, "missing": [e.name for e in missing], "records": records}, indent=1) + "\n")
+    results.write_text(json.dumps({"versions": versions, "run": run, "counts": counts, "missing": [e.name for e in missing], "records": records}, indent=1) + "\n")
     if not grown:
-        not_built.write_text(json.dumps(now, indent=1, sort_keys=True) + "\n")
-    table.write_text(document(records, missing, versions, counts))
+        unknown = {e.name: before[e.name] for e in missing if e.name in before} if before else {}  # not run is not built now
+        not_built.write_text(json.dumps(now | unknown, indent=1, sort_keys=True) + "\n")
+    table.write_text(document(records, missing, versions, run, counts))
     for name in grown:
-        print(f"could be built before and cannot now: {name}: {now[name]}")
+        print(f"not built, and not in the list of what cannot be: {name}: {now[name]}")
     print(", ".join(f"{counts[outcome]} {outcome}" for outcome in ORDER), f"of {len(records)}; {len(missing)} not run")
     return int(bool(grown or counts["failed"]))
 
 
-def document(records, missing, versions, counts):
+def document(records, missing, versions, run, counts):
     built = len(records) - counts["not built"]
     named = ", ".join(f"{name} {number}" for name, number in versions.items() if number)
     absent = [name for name, number in versions.items() if not number]
@@ -49,6 +48,7 @@ def document(records, missing, versions, counts):
         "(unchanged at first, a gradient for every adapter, none for the rest), and generates as the original does, token by token.",
         "",
         _commits(records),
+        *([f"`{run['command']}` ran {run['models']} of them in {run['seconds'] / 60:.0f} minutes."] if run["models"] else []),
         "",
         "| outcome | models | of those built | |",
         "|---|---|---|---|",
@@ -62,6 +62,7 @@ def document(records, missing, versions, counts):
             continue
         lines += ["", f"## {outcome[0].upper()}{outcome[1:]}", "", "| model | reason |", "|---|---|"]
         lines += [f"| {record['name']} | {_cell(_reason(record))} |" for record in chosen]
+    lines += _agreement(records)
     lines += ["", "## All", "", "| model | outcome | capture, s | nodes | roles | LoRA | generates |", "|---|---|---|---|---|---|---|"]
     for record in records:
         if record["outcome"] == "not built":
@@ -71,6 +72,24 @@ def document(records, missing, versions, counts):
         cells = (record["name"], record["outcome"], seconds, record.get("nodes", ""), record.get("summary", ""), adapters, record.get("generates", ""))
         lines.append("| " + " | ".join(_cell(str(cell)) for cell in cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _agreement(records):
+    """PEFT's tables beside our roles, an architecture a row; each difference with its explanation, those without one counted."""
+    rows, apart, unexplained = {}, 0, 0
+    for record in records:
+        for table, entry in record.get("peft", {}).items():
+            found = entry.get("differences", {})
+            texts = [f"{text}: {why or '**unexplained**'}" for text, why in found.items()]
+            key = (record["type"], table, str(entry["targets"]), ", ".join(entry["roles"]), " / ".join(texts) or "none")
+            if key not in rows:
+                apart, unexplained = apart + len(found), unexplained + sum(why is None for why in found.values())
+            rows.setdefault(key, []).append(record["name"])
+    if not rows:
+        return []
+    lines = ["", "## PEFT's tables", "", f"What `peft.utils.constants` names, by our roles: {len(rows)} rows, {apart} differences, {unexplained} unexplained.", ""]
+    lines += ["| type | table | its targets | our roles there | differences | models |", "|---|---|---|---|---|---|"]
+    return lines + ["| " + " | ".join(map(_cell, (*key, ", ".join(names)))) + " |" for key, names in sorted(rows.items())]
 
 
 def _commits(records):

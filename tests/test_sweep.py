@@ -1,0 +1,54 @@
+"""The sweep's own bookkeeping: PEFT's tables beside roles, the list of what cannot be built, the table that is printed."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from bench.agreement import agreement, differences, explained
+from bench.tables import write
+from rewrite.capture.model import capture
+from rewrite.roles.find import roles
+
+VERSIONS = {"torch": "2.0"}
+RUN = {"command": "python -m bench.sweep --again all", "models": 2, "seconds": 90}
+
+
+def _record(name, outcome, **rest):
+    return {"name": name, "type": "kind", "outcome": outcome, "notes": [], **rest}
+
+
+@pytest.fixture
+def files(tmp_path):
+    found = [tmp_path / name for name in ("sweep.json", "not-built.json", "table.md")]
+    found[1].write_text(json.dumps({"Old": "upstream", "NotRun": "upstream"}))
+    return found
+
+
+def test_the_list_may_only_become_shorter(files):
+    assert write([_record("Old", "not built", reason="upstream"), _record("New", "not built", reason="ours")], [], VERSIONS, RUN, *files) == 1
+    assert set(json.loads(files[1].read_text())) == {"Old", "NotRun"}, "a list that grew is not written"
+    assert write([_record("Old", "whole")], [SimpleNamespace(name="NotRun")], VERSIONS, RUN, *files) == 0
+    assert set(json.loads(files[1].read_text())) == {"NotRun"}, "what was not run stays"
+    assert "ran 2 of them in 2 minutes" in files[2].read_text()
+
+
+def test_a_failure_is_one(files):
+    assert write([_record("Old", "failed", reason="wrong")], [], VERSIONS, RUN, *files) == 1
+
+
+def test_peft_tables_beside_roles(files):
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, ffn_dim=56, num_attention_heads=4, max_position_embeddings=64, word_embed_proj_dim=32)
+    model = OPTForCausalLM(config).eval()
+    sites = roles(capture(model))
+    found = agreement(model, sites)
+    assert "differences" not in found["lora"] and found["lora"]["roles"] == ["attention.q", "attention.v"]
+    assert set(found["ia3"]["differences"]) == {"theirs alone: attention.q", "ours alone: attention.v"} and all(found["ia3"]["differences"].values())
+    modules = [path for path, module in model.named_modules() if any(True for _ in module.parameters())]
+    assert set(differences("lora", ["k_proj", "w2"], modules, sites)) == {"no module: w2", "theirs alone: attention.k", "ours alone: attention.q", "ours alone: attention.v"}
+    assert explained("opt", "lora", "ours alone: attention.v") is None
+    entry = {"targets": ["k_proj"], "roles": ["attention.k"], "differences": {"theirs alone: attention.k": None}}
+    write([_record("OPT", "whole", peft={"lora": entry})], [], VERSIONS, RUN, *files)
+    assert "1 rows, 1 differences, 1 unexplained" in files[2].read_text() and "**unexplained**" in files[2].read_text()
