@@ -37,6 +37,11 @@ def turned(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, down: torch.Tensor
     return torch.addmm(b, x, w) + scale * F.linear(torch.mm(x, down.permute(1, 0)), up)
 
 
+def traced(x, w, b, down, up, scale):
+    """For a compiler that fuses sums: scaled where it is narrow, so that backward scales no gradient of all M·N."""
+    return F.linear(x, w, b) + F.linear(scale * F.linear(x, down), up)
+
+
 @triton.jit
 def product_plus_low_rank(
     A, B, P, Q, BIAS, OUT, scale, M, N, K,
@@ -128,7 +133,8 @@ def gradients(g, x, h, w, down, up, scale, needs, product=plain_product):
 
 def launch(x, w, b, down, up, scale, product=None):
     if torch.compiler.is_compiling():  # what is exported must be readable without us, and on a CPU the compiler fuses better
-        return reference(x, w, b, down, up, scale) if torch.compiler.is_exporting() or not x.is_cuda else lora_linear.overload(x, w, b, down, up, scale)
+        given = x, w, b, down, up, scale
+        return reference(*given) if torch.compiler.is_exporting() else lora_linear.overload(*given) if x.is_cuda else traced(*given)
     kind = x.device.type
     if torch.is_autocast_enabled(kind):  # each operand is cast once, for all products that read it
         dtype = torch.get_autocast_dtype(kind)

@@ -84,6 +84,18 @@ def _made(counts, format):
             found.append(y)
         return found[0] if len(found) == 1 else tuple(found)
 
+    def traced(x, *given):
+        """As lora_linear has it, with one shrink."""
+        linears = read(given, (lambda w: w) if over is None else lambda *codes: over(*codes, x.dtype))
+        downs, found = [down for _, _, adapters in linears for down, _, _ in adapters], []
+        parts = iter(F.linear(x, torch.cat(downs)).split([len(down) for down in downs], -1))
+        for w, b, adapters in linears:
+            y = F.linear(x, w, b)
+            for _, up, scale in adapters:
+                y = y + F.linear(scale * next(parts), up)
+            found.append(y)
+        return found[0] if len(found) == 1 else tuple(found)
+
     def turned(x, w, b, *adapters):
         """As Conv1D writes it: rows of x, w stored in × out."""
         y = torch.addmm(b, x, w)
@@ -97,7 +109,7 @@ def _made(counts, format):
 
     def launch(x, *given):
         if torch.compiler.is_compiling():  # as lora_linear has it
-            return reference(x, *given) if torch.compiler.is_exporting() or not x.is_cuda else op.overload(x, *given)
+            return reference(x, *given) if torch.compiler.is_exporting() else op.overload(x, *given) if x.is_cuda else traced(x, *given)
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)

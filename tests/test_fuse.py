@@ -211,6 +211,19 @@ def test_comes_back_and_goes_out(tmp_path):
 
 
 def test_compiles_in_one_piece():
-    live = wake(gated(LORA, FUSE))
-    run = torch.compile(live, backend="aot_eager", fullgraph=True)
-    close(reference=TOYS["gated"].output(live), result=TOYS["gated"].output(run), drift=rounding(torch.float32))
+    plain, live, linears = wake(gated(LORA)), wake(gated(LORA, FUSE)), []
+
+    def backend(graph, inputs):
+        linears.append(sum(node.target is F.linear for node in graph.graph.nodes))
+        return aot(graph, inputs)
+
+    run, aot = torch.compile(live, backend=backend, fullgraph=True), torch._dynamo.lookup_backend("aot_eager")
+    TOYS["gated"].loss(plain).backward()
+    TOYS["gated"].loss(run).backward()
+    close(reference=TOYS["gated"].output(plain), result=TOYS["gated"].output(run), drift=rounding(torch.float32))
+    for name, parameter in plain.named_parameters():
+        if parameter.requires_grad:
+            close(reference=parameter.grad, result=live.get_parameter(name).grad, drift=3 * rounding(torch.float32))
+            rejects(reference=parameter.grad, result=1.01 * live.get_parameter(name).grad, drift=3 * rounding(torch.float32))
+    assert linears[0] == 2 * (7 + 7 + 4) + 1, linears  # of each block the base's, what adapters give, one shrink for each x; and the head
+

@@ -146,6 +146,18 @@ def test_autocast():
             assert result.dtype == torch.float32 and error(reference, result) <= allowed(error(reference, usual), "bfloat16")
 
 
+@pytest.mark.parametrize("name", ["three, bf16", "two on one, fp16", "strided", "nf4"])
+def test_what_a_compiler_is_given_is_as_exact(name):
+    op, arguments, grads = made(name)
+    dtype, exact = getattr(torch, CASES[name][3]), run(op.reference, arguments, grads, torch.float64)
+    compiled = torch.compile(op.launch, backend="eager", fullgraph=True)
+    plain, ours = run(op.reference, arguments, grads, dtype), run(compiled, arguments, grads, dtype)
+    limits = [allowed(error(reference, usual), CASES[name][3]) for reference, usual in zip(exact, plain)]
+    assert all(error(reference, one) <= limit for reference, one, limit in zip(exact, ours, limits))
+    broken = run(compiled, [0.9 * a if isinstance(a, float) else a for a in arguments], grads, dtype)
+    assert all(error(exact[i], broken[i]) > limits[i] for i in (*range(len(grads)), -1, -2))
+
+
 def test_compiles_as_one_node():
     op, arguments, grads = made("nf4")
     seen = []
