@@ -45,12 +45,22 @@ def count(training, counter):
         counter.add_(1)
 
 
+def drops(training, probability):
+    """Whether a layer is left out of this call (LayerDrop): one draw in training mode, never in eval mode."""
+    return bool(training and torch.rand([]) < probability)
+
+
+def unless(value, dropped, before):
+    """A layer's value, or what it was given where the layer is left out; printed so that it does not run then."""
+    return before if dropped else value
+
+
 HOST = frozenset({
     operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv, operator.mod, operator.pow, operator.neg,
     operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.and_, operator.or_, operator.not_,
     math.ceil, math.floor, math.trunc, math.sqrt, max, min,
     torch.sym_max, torch.sym_min, torch.sym_not, torch.sym_int, torch.sym_float, torch.sym_ite, torch.sym_sum, torch.sym_sqrt,
-    select, dtype_of, device_of, least, count,
+    select, dtype_of, device_of, least, count, drops, unless,
 })  # fmt: skip
 
 

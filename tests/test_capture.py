@@ -17,7 +17,7 @@ from rewrite.emit.onnx import export_onnx
 from rewrite.emit.program import export_program
 from rewrite.emit.unlabelled import unlabelled
 from rewrite.errors import Refused
-from rewrite.graph import HOST, attribute
+from rewrite.graph import HOST, attribute, drops, unless
 from rewrite.roles.find import everywhere
 
 SHAPES = [(2, 7), (1, 1), (3, 11), (1, 5), (2, 1)]
@@ -292,6 +292,68 @@ def test_what_does_something_in_training_alone_hides_nothing(tmp_path):
     assert torch.equal(*wanted) and wanted[0].abs().sum() > 0
     numpy.random.seed(1)
     assert not torch.equal(model(x), live(x))  # other draws are seen
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.inner, self.drop = nn.LayerNorm(8), nn.Linear(8, 8), nn.Dropout(0.3)
+
+    def forward(self, x):
+        return x + self.drop(self.inner(self.norm(x)))
+
+
+class LayerDrop(nn.Module):
+    """Layers of which each is left out by chance in training, with what it would have drawn."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers:
+            if self.training and torch.rand([]) < 0.5:
+                continue
+            x = layer(x)
+        return x
+
+
+def test_a_layer_left_out_by_a_draw(tmp_path):
+    model = Stack(LayerDrop()).eval()
+    graph = capture(model, (torch.randn(2, 7, 8),))
+    assert not graph.opaque and [n.target.__name__ for n in graph.nodes if n.target in (drops, unless)] == ["drops", "unless"] * 3
+    assert {site.path for site in everywhere(graph)["residual"]} == {f"between.layers.{i}" for i in range(3)}
+    live, x = make_live(graph), torch.randn(3, 9, 8)
+    assert export_onnx(live, tmp_path / "model.onnx").error < 1e-4
+    assert torch.equal(model(x), live(x))
+    model.train(), live.train()
+    left_out = set()
+    for seed in range(6):
+        grads = []
+        for run in (model, live):
+            run.zero_grad()
+            torch.manual_seed(seed)
+            run(x).square().sum().backward()
+            grads.append({name: p.grad for name, p in run.named_parameters()} | {"next": torch.rand(2)})
+        assert all(torch.equal(grads[1][name], grad) if grad is not None else grads[1][name] is None for name, grad in grads[0].items())
+        left_out |= {name for name, grad in grads[0].items() if grad is None}
+    assert {name.split(".")[2] for name in left_out} == {"0", "1", "2"}  # each was left out, and was in when it was not
+    torch.manual_seed(7)
+    assert not torch.equal(model(x), live(x))  # other draws are seen
+
+
+class Doubled(LayerDrop):
+    """What a layer is left out for is no plain hand-over: not to be taken for one."""
+
+    def forward(self, x):
+        for layer in self.layers:
+            y = layer(x)
+            x = y * 2 if self.training and torch.rand([]) < 0.5 else y
+        return x
+
+
+def test_a_draw_that_decides_something_else_is_opaque():
+    assert "between" in capture(Stack(Doubled()).eval(), (torch.randn(2, 7, 8),)).opaque
 
 
 class Threshold(nn.Module):

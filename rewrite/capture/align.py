@@ -16,7 +16,7 @@ import sympy
 import torch
 from torch import fx
 
-from ..graph import expression
+from ..graph import drops, expression
 from .tidy import has_effect, is_size, named_arguments  # noqa: F401
 
 aten = torch.ops.aten
@@ -78,18 +78,18 @@ class Alignment:
     """The pairing of two tidied graphs, theirs → ours, and what it found.
 
     `pairs`: their node → our node or a Cast. `differences`; `reads`: Differences whose `theirs` is a Cast to be read instead.
-    `counters`: (our node, path of the counter that theirs adds one to before it).
+    `counters`: (our node, path of the counter that theirs adds one to before it). `drops`: (our node, their draw before it).
     """
 
     def __init__(self, ours, theirs, replacements, hints):
         self.ours, self.theirs, self.replacements, self.hints = ours, theirs, replacements, hints
-        self.pairs, self.differences, self.reads, self.counters = {}, [], [], []
+        self.pairs, self.differences, self.reads, self.counters, self.drops = {}, [], [], [], []
         self.own_casts = {}  # our casts, and slices that are whole at their sizes, that their run did not make -> what they read
         self._pair()
 
     def _pair(self):
         first, second = (
-            [n for n in graph.nodes if n.op != "get_attr" and not is_size(n) and n.target is not _LAYOUT] for graph in (self.ours, self.theirs)
+            [n for n in graph.nodes if n.op != "get_attr" and (n.target is drops or not is_size(n)) and n.target is not _LAYOUT] for graph in (self.ours, self.theirs)
         )
         tensors = {n.target: n for n in self.ours.nodes if n.op == "get_attr"}
         for node in self.theirs.nodes:
@@ -98,6 +98,9 @@ class Alignment:
         waiting, place = [], 0
         for node in second:
             other = first[place] if place < len(first) else None
+            if node.target is drops and other is not None:
+                self.drops.append((other, node))
+                continue
             if self._is_counter(node) and not (other is not None and other.target is node.target):
                 waiting.append(node)
                 continue

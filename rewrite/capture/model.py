@@ -142,7 +142,7 @@ class _Capture:
                 failed = self._specialised(ours)
                 if failed is None:
                     alignment, theirs, notes = self._aligned(ours)
-                    Merge(alignment, self.variant.mode == "both", self.other_dtype, notes).apply()
+                    Merge(alignment, self.variant.mode == "both", self.other_dtype, notes, ours.called).apply()
                     self._compare_constants(ours, theirs)
                     _require_filled(ours)
                     self.notes += notes

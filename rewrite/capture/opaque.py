@@ -38,7 +38,10 @@ def stand_in(tracer, path, args, kwargs):
     proxy = tracer.create_proxy("call_module", path, *proxies)
     proxy.node.meta["path"] = path
     with disable_proxy_modes_tracing(), tracer.fake_mode:
-        values = [_fake(tracer, *entry) if isinstance(entry, tuple) else entry for entry in outputs]
+        if path in tracer.training_only:  # of the input's own sizes, whatever they are made of
+            values = [torch.empty(given[0].shape, dtype=given[0].dtype, device=given[0].device)]
+        else:
+            values = [_fake(tracer, *entry) if isinstance(entry, tuple) else entry for entry in outputs]
     result = pytree.tree_unflatten(values, made)
     track_tensor_tree(result, proxy, constant=None, tracer=tracer)
     return result

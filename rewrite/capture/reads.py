@@ -6,7 +6,7 @@ from collections import deque
 import torch
 from torch import fx
 
-from ..graph import HOST, count, device_of, dtype_of, least, select
+from ..graph import HOST, count, device_of, drops, dtype_of, least, select, shape, unless
 from .align import Cast, Misaligned
 from .tidy import named_arguments, set_argument
 
@@ -18,7 +18,8 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class Merge:
     """Writes an alignment's differences into our graph, as reads of what is at hand."""
 
-    def __init__(self, alignment, training, other_dtype, notes):
+    def __init__(self, alignment, training, other_dtype, notes, called):
+        self.called = called
         self.other_dtype = other_dtype
         self.graph, self.alignment, self.training, self.notes = alignment.ours, alignment, training, notes
         self.partner = {ours: theirs for theirs, ours in alignment.pairs.items() if not isinstance(ours, Cast)}
@@ -37,6 +38,32 @@ class Merge:
             counter = self._before(node, "get_attr", path)
             counter.meta["val"] = next((n.meta["val"] for n in self.alignment.theirs.nodes if n.target == path), None)
             self._before(node, "call_function", count, (flag, counter))
+
+        for first, draw in self.alignment.drops:
+            self._drop(first, draw)
+
+    def _drop(self, first, draw):
+        """The module that begins at a node of ours is left out where their draw says so; what it was given is its value then."""
+        owner, path = draw.meta.get("path", ""), first.meta.get("path", "")
+        parts = path.split(".")
+        around = [".".join(parts[: depth + 1]) for depth in range(len(parts))]
+        block = next((p for p in around if p in self.called and len(p) > len(owner)), None) if path.startswith(owner) else None
+        if block is None:
+            raise Misaligned(owner, f"a draw decides here what {path or 'the model'} does")
+        inside = {n: None for n in self.graph.nodes if n.op != "get_attr" and f"{n.meta.get('path', '')}.".startswith(f"{block}.")}
+        given = [n for n in dict.fromkeys(s for node in inside for s in node.all_input_nodes) if n not in inside and n.op != "get_attr"]
+        made = [n for n in inside if isinstance(n.meta.get("val"), torch.Tensor) and any(user not in inside for user in n.users)]
+        like = [n for n in given if made and isinstance(n.meta.get("val"), torch.Tensor) and shape(n) == shape(made[0]) and n.meta["val"].dtype == made[0].meta["val"].dtype]
+        if len(made) != 1 or len(like) != 1:
+            raise Misaligned(owner, f"a draw decides whether {block} runs, which gives {len(made)} values and takes {len(like)} like its own")
+        flag = self._flag(first, owner)
+        dropped = self._before(first, "call_function", drops, (flag, draw.args[1]))
+        dropped.meta |= {key: draw.meta[key] for key in ("path", "source") if key in draw.meta} | {"val": False}
+        last = next(n for n in reversed(self.graph.nodes) if n in inside)
+        with self.graph.inserting_after(last):
+            value = self.graph.call_function(unless, (made[0], dropped, like[0]))
+        value.meta = dict(dropped.meta) | {"val": made[0].meta["val"]}
+        made[0].replace_all_uses_with(value, delete_user_cb=lambda user: user is not value and user not in inside)
 
     def _before(self, node, op, target, args=()):
         with self.graph.inserting_before(node):

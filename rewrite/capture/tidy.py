@@ -7,7 +7,7 @@ import sympy
 import torch
 from torch import fx
 
-from ..graph import count
+from ..graph import count, drops
 
 aten = torch.ops.aten
 ASSERTS = {
@@ -24,7 +24,7 @@ def is_size(node):
 
 def has_effect(node):
     """Whether a node does something besides giving its value."""
-    if node.op == "call_module" or node.target in (count, aten._assert_scalar.default):
+    if node.op == "call_module" or node.target in (count, drops, aten._assert_scalar.default):
         return True
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
@@ -119,7 +119,7 @@ def _sizes_once(graph):
     """One node per size of one value: equal size reads and equal arithmetic become one."""
     seen = {}
     for node in list(graph.nodes):
-        if node.op != "call_function" or not is_size(node):
+        if node.op != "call_function" or not is_size(node) or node.target is drops:
             continue
         if _number(node) is not None:
             _inline(node, _number(node))

@@ -42,7 +42,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, S
 from torch.overrides import TorchFunctionMode
 
 from ..calls.leaves import leaves, rebuild
-from ..graph import attribute
+from ..graph import attribute, drops
 from .fakes import export_patches, fake_inputs, fake_tree, own_randomness
 from .opaque import stand_in
 from .stamp import Stamps
@@ -132,7 +132,8 @@ def _asked_by_torch():
 class Shapes(ShapeEnv):
     """A ShapeEnv that remembers which module and which line asked for a condition on a size.
 
-    Whether a size that depends on values (the number of labels that count) is zero is answered with no, and kept in `filled`.
+    Whether a size that depends on values (the number of labels that count) is zero is answered with no, and kept in `filled`; whether a
+    number drawn is so small that a layer is left out, with no, and the draw is written down as `drops`.
     """
 
     asked, tracer = None, None
@@ -141,6 +142,8 @@ class Shapes(ShapeEnv):
         try:
             return super()._evaluate_expr(asked, *args, **kwargs)
         except GuardOnDataDependentSymNode:
+            if self.tracer.meets_drop():
+                return sympy.false
             symbol = _asks_for_nothing(asked)
             if symbol is None:
                 raise
@@ -209,7 +212,7 @@ class Tracer(PythonKeyTracer):
         self.opaque = opaque
         self.calls, self.stack, self.constants, self.called = Counter(), [], {}, set()
         self.made, self._constant_nodes = Counter(), {}
-        self.failed, self.read, self.inner, self.stamps, self.training_only = None, {}, {}, None, set()
+        self.failed, self.read, self.inner, self.stamps, self.training_only, self.drawn = None, {}, {}, None, set(), []
 
     def create_node(self, kind, target, args, kwargs, name=None, type_expr=None):
         make = self.graph if kind == "get_attr" else super()
@@ -261,6 +264,29 @@ class Tracer(PythonKeyTracer):
         path = f"{owner}.constant_{self.made[owner]}" if owner else f"constant_{self.made[owner]}"
         self.made[owner] += 1
         node.target, self.constants[path], self._constant_nodes[path] = path, value, node
+
+    def meets_drop(self):
+        """Whether the question asked last is `torch.rand([]) < probability`, in training; its ops are marked then."""
+        chain, node = [], next((n for n in reversed(self.graph.nodes) if n.target is aten.item.default), None)
+        for target in (aten.item.default, aten.ne.Scalar, aten.lt.Scalar, aten.rand.default):
+            if node is None or node.target is not target:
+                return False
+            chain.append(node)
+            node = node.args[0] if isinstance(node.args[0], fx.Node) else None
+        if chain[-1].args[0] != [] or not isinstance(chain[2].args[1], float):
+            return False
+        self.drawn.append((chain, chain[2].args[1]))
+        return True
+
+    def write_drops(self, graph):
+        """Each draw that was met becomes one node."""
+        for chain, probability in self.drawn:
+            with graph.inserting_before(chain[0]):
+                made = graph.call_function(drops, (True, probability))
+            made.meta = dict(chain[0].meta) | {"val": False}
+            for node in chain:
+                if not node.users:
+                    graph.erase_node(node)
 
     def stand_in(self, path, args, kwargs):
         """One node for the call of a module or method that is left out; what cannot be handed over sends the failure to its parent."""
@@ -376,6 +402,7 @@ def trace(model, variant, *, training=False, cast=lambda dtype: dtype, seed=0, l
         return trace(model, variant, training=training, cast=cast, seed=seed, least=least, opaque=opaque, stamp=False)
     if failure is not None:
         raise failure
+    tracer.write_drops(graph)
     for node, name in zip([n for n in graph.nodes if n.op == "placeholder"], names):
         node.meta["leaf"] = name
     symbols = {name: size.node._expr for name, size in sizes.items()}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import networkx as nx
 import torch
 
-from ..graph import count, expression
+from ..graph import count, drops, expression
 
 
 @dataclass(eq=False)
@@ -45,7 +45,7 @@ def is_size(node):
 
 def has_effect(node):
     """True where order matters beyond dataflow: random numbers, writes, opaque modules, what is asked of a size."""
-    if node.op == "call_module" or node.target in (count, torch.ops.aten._assert_scalar.default):
+    if node.op == "call_module" or node.target in (count, drops, torch.ops.aten._assert_scalar.default):
         return True
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):

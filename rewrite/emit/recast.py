@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from ..errors import Refused
-from ..graph import HOST, attribute, count, dtype_of, least, select
+from ..graph import HOST, attribute, count, dtype_of, least, select, unless
 
 
 def recast(graph, place):
@@ -43,7 +43,7 @@ def recast(graph, place):
 def _value(node, before):
     """The fake value of a call, from the new values of its arguments; sizes stay as they were."""
     is_size = isinstance(before, (torch.SymInt, torch.SymFloat, torch.SymBool))
-    if is_size or node.target in HOST and node.target not in (select, dtype_of, least, operator.getitem):
+    if is_size or node.target in HOST and node.target not in (select, unless, dtype_of, least, operator.getitem):
         return before
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: _static(source))
     if node.target is select:

@@ -14,7 +14,7 @@ from collections import Counter
 import torch
 from torch import fx, nn
 
-from ..graph import HOST, attribute, count, device_of, dtype_of, least, select
+from ..graph import HOST, attribute, count, device_of, drops, dtype_of, least, select, unless
 from ..training.backward import REGION
 from .coupled import Chain
 from .native import SPECIAL, native, with_keywords, with_reduction
@@ -71,12 +71,20 @@ class _Writer:
         parameters = [self.names[n] for n in self.inputs]
         self.plan()
         self.count_reads()
+        self.droppable = {}  # the call of a block that may be left out -> the node that says so
+        for piece, step in zip(self.steps, self.steps[1:]):
+            if isinstance(piece, Piece) and isinstance(step, fx.Node) and step.target is unless and piece.outputs == [step.args[0]] and len(step.args[0].users) == 1:
+                self.droppable[piece] = step
+        with_block = set(self.droppable.values())
         place, region = None, None
         for i, step in enumerate(self.steps):
             if (inside := self.region(step, region)) != region:
                 region, place = inside, None
                 self.lines += ["with torch.no_grad():"] if region else []
             start = len(self.lines)
+            if step in with_block:
+                self.release(i)
+                continue
             if (here := self.place(step)) != place:
                 place = here
                 self.lines.append(f"# {place}" if place else "#")
@@ -323,14 +331,21 @@ class _Writer:
         if body := self.bodies.get(piece):
             arguments.append(f"body={body!r}")
         text = f"{self.read(piece.path)}({', '.join(arguments)})"
+        if drop := self.droppable.get(piece):
+            self.names[drop] = self.numbered(self.stem(piece))
+            self.lines.append(f"{self.names[drop]} = {self.value(drop.args[2])} if {self.value(drop.args[1])} else {text}")
+            return
         self.name_outputs(piece)
         self.lines.append(f"{', '.join(self.names[n] for n in piece.outputs)} = {text}" if piece.outputs else text)
 
-    def name_outputs(self, piece):
+    @staticmethod
+    def stem(piece):
         parents = piece.path.rpartition(".")[0].rpartition(".")[2]
-        stem = parents if parents.isidentifier() else "block"
+        return parents if parents.isidentifier() else "block"
+
+    def name_outputs(self, piece):
         for node in piece.outputs:
-            self.names[node] = self.numbered(stem if node is piece.outputs[0] else _stem(node))
+            self.names[node] = self.numbered(self.stem(piece) if node is piece.outputs[0] else _stem(node))
 
     def call(self, node):
         """The text of one node's operation."""
@@ -366,6 +381,10 @@ class _Writer:
             return f"{self.value(args[0])}[{self.value(args[1])}]"
         if target is select:
             return f"{self.operand(args[1])} if {self.operand(args[0])} else {self.operand(args[2])}"
+        if target is drops:
+            return f"bool({self.value(args[0])} and torch.rand([]) < {self.value(args[1])})"
+        if target is unless:
+            return f"{self.operand(args[2])} if {self.operand(args[1])} else {self.operand(args[0])}"
         if target is dtype_of or target is device_of:
             return f"{self.value(args[0])}.{'dtype' if target is dtype_of else 'device'}"
         if target is least:
@@ -406,7 +425,7 @@ def _nodes_in(value):
 
 def _is_host(node):
     """True for what is read or reckoned without touching a tensor's values."""
-    return node.target in (select, dtype_of, device_of, least) or (node.target in HOST and is_size(node))
+    return node.target in (select, dtype_of, device_of, least) or (node.target in HOST and node.target is not drops and is_size(node))
 
 
 def _stem(node):

@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from ..graph import HOST, attribute, count, device_of, dtype_of, expression, least, path_of, select
+from ..graph import HOST, attribute, count, device_of, dtype_of, expression, least, path_of, select, unless
 from . import mutation
 from .building import Builder, memory, onnx_dtype
 from .shapes import sizes_of
@@ -174,6 +174,8 @@ class Writer(Builder):
         args = self.argument(list(node.args))
         if target is select:
             return True, args[2]
+        if target is unless:
+            return True, args[0]
         if target is operator.getitem and isinstance(args[0], (list, tuple)):
             return True, args[0][args[1]]
         if target is least:

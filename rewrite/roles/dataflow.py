@@ -12,7 +12,7 @@ import operator
 
 import torch
 
-from ..graph import HOST, attribute, select, shape
+from ..graph import HOST, attribute, select, shape, unless
 
 _VIEWS = frozenset("""
     view _unsafe_view reshape transpose permute t mT numpy_T expand expand_as broadcast_to contiguous clone alias unsqueeze squeeze flatten unflatten
@@ -43,7 +43,7 @@ _ELEMENTWISE = _ARITHMETIC | _NONLINEAR - {"glu"}
 _SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
 _SCALINGS = frozenset({"mul", "mul_", "div", "div_"})
 _SHAPED_LIKE = frozenset("new_empty new_zeros new_ones new_full empty_like zeros_like ones_like full_like rand_like randn_like sym_size".split())
-_ASKING = HOST - {operator.getitem, select}  # functions of a value's size, dtype or device
+_ASKING = HOST - {operator.getitem, select, unless}  # functions of a value's size, dtype or device
 PRODUCTS = frozenset("matmul mm bmm baddbmm addmm addbmm einsum linalg_vecdot dot mv".split())
 ATTENTIONS = frozenset("""
     scaled_dot_product_attention _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
@@ -56,6 +56,8 @@ _MIXING = PRODUCTS | ATTENTIONS | frozenset("""
 
 def op_name(node):
     """`linear` for aten.linear.default, the bare name of another operator; "" for what is none (size arithmetic, getitem, modules)."""
+    if node.target is unless:
+        return "dropout"
     if node.op != "call_function" or node.target in HOST:
         return ""
     packet = getattr(node.target, "overloadpacket", None)
@@ -75,7 +77,8 @@ def is_float(node):
 
 def tensors(node):
     """The inputs of a node that are tensors or lists of them, in order (not sizes, dtypes, flags)."""
-    return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), (torch.Tensor, list, tuple)) or n.op == "call_module"]
+    inputs = node.args[:1] if node.target is unless else node.all_input_nodes
+    return [n for n in inputs if isinstance(n.meta.get("val"), (torch.Tensor, list, tuple)) or n.op == "call_module"]
 
 
 class Flow:
