@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import time
 
+from .capture.fakes import uncollected
 from .capture.model import capture
 from .contract import Pass
 from .edit.batch import Batch
@@ -63,6 +64,7 @@ def rewritten(graph, spec, base, *, donated=None, stored=()):
     return live_of(graph, spec, report, base)
 
 
+@uncollected()
 def live_of(graph, spec, report, base):
     """The live model of a graph to which the steps of a spec have been applied; `base` is the fingerprint of the model given."""
     live = make_live(graph)
@@ -85,6 +87,7 @@ def merge(live, *, partial=False, dequantize=False):
     return live_of(graph, dataclasses.replace(live.spec, passes=(*live.spec.passes, step)), report, live._base)
 
 
+@uncollected()
 def apply(graph, spec, *, donated=None, stored=()):
     """Apply a spec to a captured graph, its variants and its module tree, in place. Returns the Report.
 

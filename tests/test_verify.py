@@ -164,6 +164,47 @@ def test_broken_grads_declared():
     case.says("grads_declared", "@head.weight would train, and no pass said so")
 
 
+class Deep(nn.Module):
+    """Eighteen blocks that are alike."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 6)) for _ in range(18))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+@pytest.mark.parametrize("how", ("shape", "size of its own tensor", "freed", "unread", "gone"))
+def test_one_copy_of_a_block_is_broken(how):
+    """That seventeen others are sound says nothing of the eighteenth."""
+    case = Case.__new__(Case)
+    case.graph = captured(Deep().eval(), {"x": torch.randn(2, 6)})
+    case.record = Record.of(case.graph, Report(), case.graph.all())
+    case.record.report = pipeline.apply(case.graph, Spec.parse({"passes": [{"pass": "lora", "where": "linear", "rank": 4}]}))
+    verify(case.graph, case.record, "sound")
+    path = "layers.16.0.lora.default.down"
+    read = next(n for n in case.graph.nodes if n.target == path)
+    (use,) = read.users
+    if how == "shape":
+        case.after(use, aten.transpose.int, (use, -1, -2))
+        case.says("shapes_agree", "transpose")
+    elif how == "size of its own tensor":
+        read.meta = {**read.meta, "val": next(n for n in case.graph.nodes if n.target == "layers.16.2.lora.default.down").meta["val"]}
+        case.says("shapes_agree", "linear")
+    elif how == "freed":
+        case.graph.root.get_parameter("layers.16.0.weight").requires_grad_(True)
+        case.says("grads_declared", "@layers.16.0.weight would train")
+    elif how == "unread":
+        use.args = (use.args[0], next(n for n in case.graph.nodes if n.target == "layers.15.0.lora.default.down"))
+        case.says("no_orphans", f"@{path} was made, and nothing reads it")
+    else:
+        g.remove(case.graph.root, path)
+        case.says("constants_exist", f"@{path} is not on the module tree")
+
+
 # ---- through the pipeline --------------------------------------------------------------------------------------------------
 
 

@@ -96,7 +96,7 @@ def fake_tree(model, fake_mode, cast):
 
 @contextlib.contextmanager
 def uncollected():
-    """No search for garbage inside: a capture makes many objects that stay, and would be searched again and again with all that is loaded."""
+    """No search for garbage inside: a capture, or a rewrite, makes many objects that stay, and would be searched again and again with all that is loaded."""
     was = gc.isenabled()
     gc.disable()
     try:

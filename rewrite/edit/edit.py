@@ -38,6 +38,7 @@ class Edit(Reading):
         self.carried, self.beside = None, set()  # the value that goes from site to site with the site that it comes from; the nodes that make it
         self.front = None  # the model's own tokens behind those that the step has put in front of them
         self.counted, self.grown = False, {}  # whether the step has replaced the model's positions; masks that it has made longer
+        self.operations = {}  # node of a site → its arguments, and how it reads them
         self.kind = step.method.rpartition(".")[2]
         self.by_name = {node.name: node for node in graph.nodes}
         self.attributes = {node.target: node for node in graph.nodes if node.op == "get_attr"}
@@ -151,10 +152,9 @@ class Edit(Reading):
             parameter.data = parameter.data.clone()
         self.report.written.update(names_of(self.graph.root, parameter))
 
-    @staticmethod
-    def _stored(site, name):
+    def _stored(self, site, name):
         """The path of the base tensor behind a handle."""
-        operation = Edit.operation(site)
+        operation = self.operation(site)
         return operation.weight if operation and name == "w" else operation.bias if operation and name == "b" else site.handles[name].target
 
     def freeze(self, path):

@@ -60,10 +60,17 @@ class Reading:
         x = self.handle(nearest, "x")
         return x if x is not None and x < site.node else None
 
-    @staticmethod
-    def operation(site):
+    def operation(self, site):
         """How the site's operation reads its weight, or None for a site without one."""
-        return Operation.of(site.operation) if site.operation is not None else None
+        node = site.operation
+        if node is None:
+            return None
+        args, known = self.operations.get(node, (None, None))
+        if args is not node.args:  # what it reads has been replaced, or there are nodes on the way that may be
+            known = Operation.of(node)
+            if known is not None and known.source.op == "get_attr" and not known.chain:
+                self.operations[node] = node.args, known
+        return known
 
     def given(self, site, method):
         """What a method of the pass (`refuse`, `params`, `trains`) asks to see of a site, by name.

@@ -21,7 +21,7 @@ from ..errors import Refused
 from ..graph import attribute
 from .coupled import chains
 from .outline import Piece, outline
-from .source import block_source, top_source
+from .source import block_form, block_source, top_source
 from .unlabelled import unlabelled
 
 _ENCODED = {"mm_encoder_outputs"}  # where forward takes it, generate runs the encoder of images by itself, from outside; the graph has it inside
@@ -53,16 +53,24 @@ def make_live(graph):
         printed.append(full)
     cuts = {variant.name: outline(variant) for variant in printed}
     coupled = {name: chains(cut) for name, cut in cuts.items()}
+    written = {}  # form of a block -> its source: most blocks of a model are alike
+
+    def text(piece):
+        form = block_form(piece, module := attribute(root, piece.path))
+        if form not in written:
+            written[form] = block_source(piece, module)
+        return written[form]
+
     bodies, names = {}, {}  # block path -> {text: body name}; piece -> its body name, or None for the block's first
     for name, cut in cuts.items():
         for piece in cut.steps:
             if isinstance(piece, Piece):
                 texts = bodies.setdefault(piece.path, {})
-                body = texts.setdefault(block_source(piece, attribute(root, piece.path)), f"{name}.{piece.call}" if piece.call else name)
+                body = texts.setdefault(text(piece), f"{name}.{piece.call}" if piece.call else name)
                 names[piece] = None if body == next(iter(texts.values())) else body
         for chain in coupled[name][0]:
             for piece in filter(None, chain.inverses):
-                names[piece] = bodies[piece.path].setdefault(block_source(piece, attribute(root, piece.path)), f"{name}.inverse{piece.call or ''}")
+                names[piece] = bodies[piece.path].setdefault(text(piece), f"{name}.inverse{piece.call or ''}")
     tops = {}  # owner path -> [(variant name, text)]
     for variant in printed:
         cut = cuts[variant.name]

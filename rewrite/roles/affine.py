@@ -219,13 +219,54 @@ def rows_in(flow, operation, inside):
                 narrowed = narrowed or flow.narrows(user)
     if not narrowed:
         return None
+    form = _form(flow, way, members, inside[0])
+    if form is None:
+        return _followed(flow, operation, way, followed, members, inside[0], total, axis)
+    if form not in flow.rows:
+        flow.rows[form] = _followed(flow, operation, way, followed, members, inside[0], total, axis)
+    return flow.rows[form]
+
+
+def _form(flow, way, members, end):
+    """What the rows depend on that come by a way, equal for the copies of a block; None where it goes by values."""
+    number = {node: i for i, node in enumerate(sorted(way, key=flow.place.__getitem__))}
+
+    def sizes(node):
+        return None if value(node) is None else tuple(map(expression, value(node).shape))
+
+    def described(arg):
+        if isinstance(arg, fx.Node):
+            if arg in number:
+                return "way", number[arg]
+            if value(arg) is not None:
+                if arg not in flow.content:
+                    raise LookupError("a tensor whose values may count")
+                return "beside", sizes(arg)
+            return "size", expression(arg.meta.get("val"))
+        if isinstance(arg, (list, tuple)):
+            return tuple(map(described, arg))
+        return type(arg), arg
+
+    try:
+        facts = []
+        for node in number:
+            own = (flow.affine[node].axis,) if node in flow.affine else (node.target, described(node.args), tuple((key, described(arg)) for key, arg in node.kwargs.items()))
+            users = tuple(number.get(user, -1) for user in node.users if user in members and node in flow.reads[user])
+            facts.append((own, sizes(node), users, node is end))
+        hash(form := tuple(facts))
+    except (LookupError, TypeError):
+        return None
+    return form
+
+
+def _followed(flow, operation, way, followed, members, end, total, axis):
     shape = [_number(size) for size in value(operation).shape]
     numbers, rows = {operation: torch.arange(total).view([-1] + [1] * (-axis - 1)).expand(shape)}, []
     for node in sorted(way, key=flow.place.__getitem__):
         if node is not operation:
             numbers[node] = _send(flow, node, numbers)
         users = [user for user in node.users if user in members and node in flow.reads[user]]
-        last = node is inside[0] or any(user not in followed for user in users)
+        last = node is end or any(user not in followed for user in users)
         if numbers[node] is None and (last or users):
             return Rows(0, 0, total, total)
         if last and isinstance(numbers[node], torch.Tensor):

@@ -92,6 +92,7 @@ class Flow:
         self.reads = {node: () if self.name[node] in _SHAPED_LIKE or node.target in _ASKING else tensors(node) for node in self.nodes}
         self.content = frozenset()
         self._shapes = {}
+        self.rows = {}  # what a way looks like → the rows that come by it, filled by affine.py
         self.writes = self._writes()
         self.live = self._onward(set())
         self.content = self.live
