@@ -137,8 +137,18 @@ class Examples:
         height, width = (side["height"], side["width"]) if isinstance(side, dict) else side if isinstance(side, (list, tuple)) else (side, side)
         return self.floats(self.sizes.batch, setting(self.config, "num_channels", default=3), height, width)
 
+    def patches(self):
+        """(batch, length, 2 + features of a patch): patches in any order, the row and the column of each before its features."""
+        found = self.floats(self.sizes.batch, self.sizes.length, 2 + setting(self.config, "patch_embed_hidden_size", default=768))
+        if self.device.type != "meta":
+            found[..., 0], found[..., 1] = 1.0, torch.arange(1.0, self.sizes.length + 1)
+        return found
+
     def frames(self):
-        """(batch, mel bins, frames), with as many frames as the positions of the encoder ask for."""
+        """(batch, mel bins, frames), with as many frames as the positions of the encoder ask for; (batch, frames, features) where they are projected."""
+        features = setting(self.config, "feature_projection_input_dim")
+        if features is not None:
+            return self.floats(self.sizes.batch, self.sizes.length, features)
         bins, positions = setting(self.config, "num_mel_bins"), setting(self.config, "max_source_positions")
         if bins is None or positions is None:
             raise Refused(f"{type(self.model).__name__}: no example for input_features can be made from this config. Hand one over: example={{…}}.")
@@ -148,7 +158,10 @@ class Examples:
         return self.floats(self.sizes.batch, bins, positions)
 
     def audio(self):
-        """(batch, samples), long enough for `length` frames after the strided convolutions."""
+        """(batch, samples), long enough for `length` frames after the strided convolutions; (batch, frames, mel bins) where there are none."""
+        bins, frames = setting(self.config, "num_mel_bins"), setting(self.config, "max_length")
+        if setting(self.config, "conv_stride") is None and bins is not None and frames is not None:
+            return self.floats(self.sizes.batch, frames, bins)
         stride = 1
         for step in setting(self.config, "conv_stride", default=(1,)):
             stride *= step
@@ -204,10 +217,11 @@ class Examples:
             "pixel_values": self.image,
             "input_features": self.frames,
             "input_values": self.audio,
+            "flattened_patches": self.patches,
             "decoder_input_ids": lambda: self.ids(self.sizes.target),
         }
         found = {name: make() for name, make in makers.items() if name in self.parameters and name not in without}
-        if self.model.main_input_name not in found:
+        if self.model.main_input_name not in found and not (self.model.main_input_name == "inputs" and "pixel_values" in found):  # its other name
             raise Refused(
                 f"{type(self.model).__name__}: no example for {self.model.main_input_name!r} can be made from its config.\n"
                 "Hand one over: example={…}."
