@@ -24,7 +24,7 @@ from .align import Alignment, Misaligned
 from .coded import mark, read_modules
 from .fakes import uncollected
 from .reads import Merge, read_devices
-from .tidy import named_arguments, set_argument, tidy
+from .tidy import append, named_arguments, set_argument, tidy
 from .trace import CannotTrace, is_method, trace
 
 _ATTEMPTS = 24
@@ -429,7 +429,7 @@ def in_order(graph):
         if source.op == "get_attr" and source not in env:
             if source.target not in read:
                 read[source.target] = made.create_node("get_attr", source.target)
-                read[source.target].meta = _meta(source)
+                read[source.target].meta.update(_meta(source))
             env[source] = read[source.target]
         return env[source]
 
@@ -441,9 +441,11 @@ def in_order(graph):
             env[node].meta = _meta(node) | {"leaf": node.meta["leaf"], "path": ""}
             continue
         given = fx.map_arg(node.args, get), fx.map_arg(node.kwargs, get) if node.kwargs else {}
-        name = _NUMBER.sub("", node.name) if node.op == "call_function" else None  # counted anew, without what was taken out
-        env[node] = made.create_node(node.op, node.target, *given, name=name)
-        env[node].meta = _meta(node)
+        if node.op != "call_function":
+            env[node] = made.create_node(node.op, node.target, *given)
+        else:  # counted anew, without what was taken out
+            env[node] = append(made, node.op, node.target, *given, _NUMBER.sub("", node.name))
+        env[node].meta.update(_meta(node))
     return made
 
 

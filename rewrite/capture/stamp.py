@@ -25,7 +25,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from ..graph import HOST
 from .likeness import PLAIN, Given, Likeness, Unlike, slot_of
 from .positions import kind_of, parts, watched
-from .tidy import ASSERTS, has_effect, written
+from .tidy import ASSERTS, append, has_effect, written
 
 
 class Stamps:
@@ -301,7 +301,9 @@ class Recording:
                 if node.target in self.tensors:
                     made[node] = tensor_node(tensors[self.tensors[node.target]], node)
                 continue  # else one of another module, written down already
-            made[node] = copy = tracer.graph.node_copy(node, source)
+            args, kwargs = fx.map_arg(node.args, source), fx.map_arg(node.kwargs, source) if node.kwargs else {}
+            made[node] = copy = append(tracer.graph, node.op, node.target, args, kwargs, node.name)
+            copy.meta.update(node.meta)
             copy.meta.update(path=modules.get(path, path), read=read(node.meta.get("read", {})))
             call = node.meta.get("call", 0) - self.calls.get(path, (0, 0))[0] + base.get(path, 0)
             copy.meta.pop("call", None)

@@ -3,6 +3,8 @@
     asserts · dead nodes · whole slices, aliases, casts of integers to themselves · sizes asked twice · no_grad regions
 """
 
+import functools
+
 import sympy
 import torch
 from torch import fx
@@ -33,26 +35,38 @@ def has_effect(node):
 
 def written(node):
     """The node whose value an in-place op changes; None for all others."""
-    if not (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable):
+    names = _changed(node.target) if isinstance(node.target, torch._ops.OpOverload) else ()
+    if not names:
         return None
     arguments = named_arguments(node)
-    names = [a.name for a in node.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     return next((arguments[name] for name in names if isinstance(arguments.get(name), fx.Node)), None)
+
+
+@functools.cache
+def _changed(op):
+    """Names of the arguments that an op changes in place."""
+    return tuple(a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
 def named_arguments(node):
     """An op's arguments by name, defaults filled in; positions for what has no schema."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return {**dict(enumerate(node.args)), **node.kwargs}
-    given = {}
-    for place, argument in enumerate(node.target._schema.arguments):
-        if place < len(node.args):
-            given[argument.name] = node.args[place]
-        elif argument.name in node.kwargs:
-            given[argument.name] = node.kwargs[argument.name]
-        elif argument.has_default_value():
-            given[argument.name] = argument.default_value
+    given, args, kwargs = {}, node.args, node.kwargs
+    for place, (name, has_default, default) in enumerate(_declared(node.target)):
+        if place < len(args):
+            given[name] = args[place]
+        elif name in kwargs:
+            given[name] = kwargs[name]
+        elif has_default:
+            given[name] = default
     return given
+
+
+@functools.cache
+def _declared(op):
+    """(name, whether it may be left out, what that means) of an op's arguments, taken out of its schema once."""
+    return tuple((a.name, a.has_default_value(), a.default_value) for a in op._schema.arguments)
 
 
 def set_argument(node, name, value):
@@ -70,6 +84,16 @@ def set_argument(node, name, value):
         return
     values = named_arguments(node)
     node.args = tuple(value if a.name == name else values[a.name] for a in arguments[: max(place + 1, len(node.args))])
+
+
+def append(graph, op, target, args, kwargs, name):
+    """`graph.create_node` at the end of a graph, for a node that was written before: its arguments are not searched for raw symbols again."""
+    node = fx.Node(graph, graph._graph_namespace.create_name(name, None), op, target, args, kwargs)
+    graph._graph_namespace.associate_name_with_obj(node.name, node)
+    graph._insert(node)
+    graph._find_nodes_lookup_table.insert(node)
+    graph._len += 1
+    return node
 
 
 def _is_noop(node):

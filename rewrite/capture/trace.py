@@ -22,11 +22,11 @@ from torch._export.utils import _compiling_state_context
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental import _config as shapes_config
+from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import (
     PreDispatchTorchFunctionMode,
     ProxyTorchDispatchMode,
     PythonKeyTracer,
-    TorchFunctionMetadataMode,
     _ProxyTensor,
     decompose,
     disable_autocast_cache,
@@ -186,6 +186,17 @@ class Casts(ProxyTorchDispatchMode):
         set_proxy_slot(value, self.tracer, before)
         set_proxy_slot(fresh, self.tracer, after)
         return fresh
+
+
+@contextlib.contextmanager
+def without_metadata():
+    """Tracing notes each value's layout a second time (`tensor_meta`, beside `val`), asking sizes for every memory format: nothing here reads it."""
+    extract = proxy_tensor._extract_tensor_metadata
+    proxy_tensor._extract_tensor_metadata = lambda value: None
+    try:
+        yield
+    finally:
+        proxy_tensor._extract_tensor_metadata = extract
 
 
 class Reads(TorchFunctionMode):
@@ -386,8 +397,8 @@ def trace(model, variant, *, training=False, cast=lambda dtype: dtype, seed=0, l
             for context in (
                 own_randomness(seed), torch.enable_grad(), export_patches(model), fake_mode,
                 _NonStrictTorchFunctionHandler(), tracing(TracingContext(fake_mode)), _override_builtin_ops(), _compiling_state_context(),
-                enable_python_dispatcher(), PreDispatchTorchFunctionMode(tracer), TorchFunctionMetadataMode(tracer), Reads(tracer),
-                mode, decompose(decompositions), disable_autocast_cache(),
+                enable_python_dispatcher(), PreDispatchTorchFunctionMode(tracer), Reads(tracer),
+                mode, decompose(decompositions), disable_autocast_cache(), without_metadata(),
             ):  # fmt: skip
                 stack.enter_context(context)
             try:
