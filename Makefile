@@ -26,6 +26,7 @@ aot: $(VENV)/installed-test
 	$(VENV)/bin/python tests/aot_few_rows.py
 	$(VENV)/bin/python tests/aot_grouped.py
 	$(VENV)/bin/python tests/aot_dora.py
+	$(VENV)/bin/python tests/aot_gated.py
 
 clean:
 	rm -rf $(VENV) demo-out examples/out

@@ -30,12 +30,14 @@ sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__fi
 import torch  # noqa: E402
 from rewrite.kernels import chips, dequant_int4, dequant_int8, dequant_mxfp4, dequant_nf4  # noqa: E402
 from rewrite.kernels import dora_linear as dora_linears  # noqa: E402
+from rewrite.kernels import gated_linear as gated  # noqa: E402
 from rewrite.kernels import grouped_lora as grouped  # noqa: E402
 from rewrite.kernels import linear_int4 as int4  # noqa: E402
 from rewrite.kernels import linear_int8 as int8  # noqa: E402
 from rewrite.kernels import linear_mxfp4 as mxfp4  # noqa: E402
 from rewrite.kernels import linear_nf4 as nf4  # noqa: E402
 from rewrite.kernels import lora_linear as lora  # noqa: E402
+from rewrite.kernels import lora_linears as linears  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
@@ -69,6 +71,16 @@ class Way:
 
     run: Callable
     leaves: tuple = ()
+
+    def kept(self):
+        """Bytes that one call keeps for backward, each storage once; what a second call keeps too, weights and x, is not its own."""
+        calls = []
+        for _ in range(2):
+            found = {}
+            with torch.autograd.graph.saved_tensors_hooks(lambda t, found=found: found.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t, lambda t: t):
+                calls.append((found, self.run()))
+        (one, _), (two, _) = calls
+        return sum(size for address, size in one.items() if address not in two)
 
     def step(self, grad):
         return torch.autograd.grad(self.run(), self.leaves, grad)
@@ -110,7 +122,13 @@ def lora_linear(device, dtype):
 
 
 def _peft(x, down, up, w, wide, magnitude=None):
-    """PEFT's layer over the same tensors; its adapters in float32 as `autocast_adapter_dtype` makes them, or in the dtype of the base. With a magnitude, DoRA."""
+    """PEFT's layer over the same tensors, as a way."""
+    layer, own = _peft_layer(down, up, w, wide, magnitude)
+    return Way(lambda: layer(x), (x, *own))
+
+
+def _peft_layer(down, up, w, wide, magnitude=None):
+    """PEFT's layer and what trains in it; its adapters in float32 as `autocast_adapter_dtype` makes them, or in the dtype of the base. With a magnitude, DoRA."""
     import peft
 
     layer = nn.Linear(w.shape[1], w.shape[0], bias=False, device="meta", dtype=w.dtype)
@@ -120,9 +138,9 @@ def _peft(x, down, up, w, wide, magnitude=None):
     a, b = (nn.Parameter(t.detach().to(torch.float32 if wide else t.dtype)) for t in (down, up))
     theirs.lora_A["default"].weight, theirs.lora_B["default"].weight = a, b
     if magnitude is None:
-        return Way(lambda: theirs(x), (x, a, b))
+        return theirs, (a, b)
     own = theirs.lora_magnitude_vector["default"].weight = nn.Parameter(magnitude.detach().view(-1))
-    return Way(lambda: theirs(x), (x, a, b, own))
+    return theirs, (a, b, own)
 
 
 def dora_linear(device, dtype):
@@ -145,6 +163,40 @@ def dora_linear(device, dtype):
 
         size = torch.finfo(dtype).bits // 8
         yield Row("dora_linear", f"{m} × ({n} × {k}), rank {rank}", make, size * (3 * n * k + 2 * m * (n + k)), 2 * m * (2 * n * k + 3 * rank * (n + k)), True)
+
+
+def gated_mlp(device, dtype):
+    """A step of a whole gated MLP with an adapter on gate, up and down, and what it keeps for backward; frozen base."""
+    shapes = ((11008, 4096), (28672, 8192)) if device.type == "cuda" else ((1376, 512),)
+    both, rest = linears.lora_linears((1, 1)), gated.gated_linear("silu", 1)
+    for (inner, k), m in itertools.product(shapes, (1024, 4096, 16384) if device.type == "cuda" else (128, 512)):
+        def make(new, inner=inner, k=k, m=m, rank=16):
+            x, wide = new(m, k), [new(inner, k) * k**-0.5, new(inner, k) * k**-0.5, new(k, inner) * inner**-0.5]
+            pairs = [(new(rank, w.shape[1]) * w.shape[1] ** -0.5, new(w.shape[0], rank) * rank**-0.5) for w in wide]
+            leaves = [t.requires_grad_() for t in (x, *(t for pair in pairs for t in pair))]
+            gate, up, down = ((w, None, *pair, 2.0) for w, pair in zip(wide, pairs))
+
+            def block(first, second, last):
+                return Way(lambda: last(F.silu(first(x)) * second(x)), leaves)
+
+            def peft(wide_adapters):
+                theirs = [_peft_layer(*pair, w, wide_adapters) for w, pair in zip(wide, pairs)]
+                way = block(*(layer for layer, _ in theirs))
+                return Way(way.run, (x, *(p for _, own in theirs for p in own)))
+
+            ways = {
+                "PEFT": peft(False),
+                "PEFT, adapters in float32": peft(True),
+                "plain ops": block(*(lambda t, given=given: lora.reference(t, *given) for given in (gate, up, down))),
+                "lora_linear each": block(*(lambda t, given=given: lora.launch(t, *given) for given in (gate, up, down))),
+                "gated_linear": Way(lambda: rest.launch(*both.launch(x, *gate, *up), *down), leaves),
+            }
+            exact = [t.detach().double() if isinstance(t, torch.Tensor) else t for given in (gate, up, down) for t in given]
+            few = x.detach()[:CHECKED].double()
+            return ways, lambda: lora.reference(F.silu(lora.reference(few, *exact[:5])) * lora.reference(few, *exact[5:10]), *exact[10:])
+
+        size = torch.finfo(dtype).bits // 8
+        yield Row("gated_mlp", f"{m} × ({k}, {inner}), rank 16", make, size * (6 * inner * k + m * (2 * k + 8 * inner)), 12 * m * inner * k, True)
 
 
 def linear_int8(device, dtype):
@@ -220,7 +272,7 @@ def grouped_lora(device, dtype):
 
 
 #: an op's author adds a function here
-OPS = (lora_linear, dora_linear, linear_int8, linear_int4, linear_nf4, linear_mxfp4, grouped_lora)
+OPS = (lora_linear, dora_linear, gated_mlp, linear_int8, linear_int4, linear_nf4, linear_mxfp4, grouped_lora)
 
 
 # ---- measuring -----------------------------------------------------------------------------------------------------------
@@ -297,7 +349,7 @@ def case(row, device, dtype, peaks, rounds):
     count = max(2, min(-(-4 * cache // row.bytes), 64))
     sets = [row.make(new) for _ in range(count)]
     ways, exact = sets[0]
-    exact, found = exact(), {}
+    exact, found, kept = exact(), {}, {}
     with torch.no_grad():
         for name, way in ways.items():
             found[name] = error(exact, way.run()[: exact.shape[0]])
@@ -310,12 +362,13 @@ def case(row, device, dtype, peaks, rounds):
             grad = torch.randn_like(ways["plain ops"].run())
         functions = {name: [lambda way=sets[i][0][name]: way.step(grad) for i in range(count)] for name in ways}
         times = clock(functions, device, rounds)
+        kept = {name: {"kept bytes": way.kept()} for name, way in ways.items()}
     else:
         with torch.no_grad():
             times = clock({name: [sets[i][0][name].run for i in range(count)] for name in ways}, device, rounds)
     floor = max(row.bytes / peaks["bytes a second"], row.operations / peaks["operations a second"])
     first = next(iter(times.values()))
-    results = {name: {"seconds": t, "times the first": first / t, "share of the floor": floor / t, "error": found[name]} for name, t in times.items()}
+    results = {name: {"seconds": t, "times the first": first / t, "share of the floor": floor / t, "error": found[name], **kept.get(name, {})} for name, t in times.items()}
     return {"op": row.op, "case": row.label, "backward": row.backward, "ways": results, "did not run": row.missing}
 
 
@@ -332,11 +385,11 @@ def crossings(results):
 def table(results):
     from rich.table import Table
 
-    shown = Table("op", "case", "way", "µs", "×", "of the floor", "error")
+    shown = Table("op", "case", "way", "µs", "×", "of the floor", "error", "kept MB")
     for result in results:
         for i, (name, found) in enumerate(result["ways"].items()):
             left = (result["op"], result["case"] + (", with backward" if result["backward"] else "")) if i == 0 else ("", "")
-            shown.add_row(*left, name, f"{found['seconds'] * 1e6:.0f}", f"{found['times the first']:.2f}", f"{found['share of the floor']:.0%}", f"{found['error']:.0e}")
+            shown.add_row(*left, name, f"{found['seconds'] * 1e6:.0f}", f"{found['times the first']:.2f}", f"{found['share of the floor']:.0%}", f"{found['error']:.0e}", f"{found['kept bytes'] / 1e6:.1f}" if "kept bytes" in found else "")
     return shown
 
 

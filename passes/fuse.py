@@ -8,6 +8,10 @@
     -->
     q, k, v = lora_linears_1_1_1(x, w_0, b_0, down_0, up_0, scale_0, w_1, …)
 
+    y = such a sum of x = silu(e) * g, or gelu
+    -->
+    y = gated_linear_silu_1(e, g, w, b, down, up, scale)
+
     y = linear(x, dequant_nf4(codes, scales, nested), b)
     -->
     y = linear_nf4(x, codes, scales, nested, b)
@@ -28,6 +32,7 @@ from dataclasses import dataclass
 
 import torch
 from rewrite.kernels.dora_linear import dora_linear
+from rewrite.kernels.gated_linear import ACTIVATIONS, gated_linear
 from rewrite.kernels.grouped_lora import grouped_lora
 from rewrite.kernels.linear_fp4 import linear_fp4
 from rewrite.kernels.linear_fp8 import linear_fp8
@@ -53,7 +58,9 @@ class Fuse(Pass):
 
     def apply(self, edit, sites):
         coded = {node.target.made_by.name for node in edit.graph.nodes if hasattr(node.target, "made_by")}
-        return fuse(edit, ops([None, *(name.removeprefix("dequant_") for name in sorted(coded) if name.startswith("dequant_"))]), together)
+        formats = [None, *(name.removeprefix("dequant_") for name in sorted(coded) if name.startswith("dequant_"))]
+        called = {str(node.target).split(".")[1] for node in edit.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+        return fuse(edit, ops(formats, [act for act in ACTIVATIONS if act.removesuffix("_tanh") in called]), together)
 
 
 def together(ops):
@@ -63,17 +70,19 @@ def together(ops):
     return lora_linears(tuple(n for op in ops for n in op.counts), ops[0].format)
 
 
-def ops(formats):
-    """Each op with a small tensor for each of its arguments, and sizes where it asks for them; with adapters over the formats that there are."""
+def ops(formats, activations):
+    """Each op with a small tensor for each of its arguments, and sizes where it asks for them; with adapters over the formats, and behind the gates, that there are."""
     new = lambda *shape, dtype=torch.float32: torch.zeros(shape, dtype=dtype)  # noqa: E731
     linear = {"x": new(3, 6), "b": new(7)}
     whole = {**linear, "codes": new(7, 6, dtype=torch.uint8), "scales": new(7, 1, dtype=torch.int32)}
     table = {**linear, "codes": new(21, dtype=torch.uint8), "scales": new(1, dtype=torch.int32), "nested": new(2, dtype=torch.int32), "shape": [7, 6]}
     rows = {"y": new(3, 4, 7), "x": new(3, 4, 6)}
     one = {**linear, "w": new(7, 6), "down": new(2, 6), "up": new(7, 2)}
+    halves = {"e": linear["x"], "g": new(3, 6)}
     two = {**one, "down_0": new(2, 6), "up_0": new(7, 2), "down_1": new(3, 6), "up_1": new(7, 3)}
     return [
         *((lora_linears(counts, form), values) for form in formats for counts, values in (((1,), one), ((2,), two))),
+        *((gated_linear(act, count, form), {**halves, **values}) for form in formats for act in activations for count, values in enumerate((one, one, two)) if count or form is None),
         *((dora_linear(form), {**one, "magnitude": new(7, 1)}) for form in formats),
         (linear_int8, {**whole, "codes": new(7, 6, dtype=torch.int8)}),
         (linear_int4, {**whole, "codes": new(7, 3, dtype=torch.uint8), "zeros": new(7, 1, dtype=torch.uint8), "shape": [7, 6]}),

@@ -32,6 +32,7 @@ def fuse(edit, ops, together=None):
         if op not in known:
             known[op] = patterns(op, values)
     found, reasons = occurrences(graph.fx, [p for op, _ in ops for p in known[op]])
+    found = [o for o in found if any("made" in n.meta for n in (o.root, *o.inner, *o.args) if isinstance(n, fx.Node))]  # the model's own ops are its own
     sites, fused = [], {}
     for occurrence in found:
         occurrence = replace(occurrence, args=tuple(fused.get(arg, arg) if isinstance(arg, fx.Node) else arg for arg in occurrence.args))
@@ -100,6 +101,8 @@ def unfuse(edit):
             for name, target, args, kwargs, meta in node.meta["apart"]:
                 made = env[name] = graph.fx.create_node("call_function", target, tuple(read(args)), dict(read(kwargs)), name)
                 made.meta = dict(meta)
+                if made.all_input_nodes and all(a.op != "get_attr" for a in made.all_input_nodes):
+                    max(made.all_input_nodes).append(made)  # an activation stands where its value is, not where the product of it is
         node.replace_all_uses_with(made)
         graph.fx.erase_node(node)
         for turned in views:

@@ -161,7 +161,7 @@ def _match(pattern, root):
     values = {pattern.names[p]: node for p, node in bound.items() if p in pattern.names} | {name: bound[number] for number, name in pattern.literals.items() if number in bound}
     inner = tuple(node for p, node in bound.items() if isinstance(p, fx.Node) and p not in pattern.names and node is not root)
     inside = {root, *inner}
-    sizes = tuple(user for node in inner for user in node.users if user.target is torch.ops.aten.sym_size.int and inside.issuperset(user.users))
+    sizes = tuple(user for node in inner for user in node.users if user.target in (torch.ops.aten.sym_size.int, dtype_of) and inside.issuperset(user.users))
     inner, inside = (*inner, *sizes), inside.union(sizes)
     for node in inner:
         other = next((user for user in node.users if user not in inside), None)
@@ -210,7 +210,7 @@ def _agree(pattern, wanted, node, bound):
         return _same_sizes(wanted, node, _agree(pattern, wanted.args[0], node.args[0], {**bound, wanted: node}))
     args, kwargs = _bare(node)
     theirs, named = _bare(wanted)
-    if len(args) != len(theirs) or kwargs or named:
+    if len(args) != len(theirs) or kwargs != named:
         raise Differs(f"%{node.name} has other arguments than {wanted.target}", len(bound))
     nearest = None
     for order in (args, args[::-1]) if wanted.target in COMMUTES and len(args) == 2 else (args,):
