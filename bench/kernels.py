@@ -260,7 +260,7 @@ def grouped_lora(device, dtype):
                 ways = {
                     "plain ops": Way(lambda: grouped.in_a_batch(*given), leaves),  # what a batch runs
                     "grouped_lora": Way(lambda: grouped.launch(*given), leaves),
-                    "grouped_lora, library": Way(lambda: grouped.launch(*given, grouped.ByLibrary(slot, mask, look=True)), leaves),
+                    "grouped_lora, library": Way(lambda: grouped.launch(*given, way=grouped.ByLibrary([(slot, mask)], look=True)), leaves),
                 }
                 few = max(1, CHECKED // length)
                 wide = [t.detach().double() for t in (y[:few], x[:few], down, up)]
@@ -271,8 +271,41 @@ def grouped_lora(device, dtype):
             yield Row("grouped_lora", f"{batch} × {length} of {adapters} adapters ({n} × {k}), rank {rank}", make, moved, 2 * batch * length * rank * (n + k), length >= 512, missing)
 
 
+def grouped_loras(device, dtype):
+    """Adapters of four ranks over the rows of a batch: one op, and one for each rank."""
+    missing = {} if device.type == "cuda" else {"grouped_loras, Triton": "no GPU"}
+    for (n, k), _, _ in sizes(device, rows=(1,), ranks=(0,)):
+        for batch, length in ((32, 1), (8, 512)) if device.type == "cuda" else ((8, 1), (8, 16)):
+            def make(new, n=n, k=k, batch=batch, length=length):
+                y, x, row, each = new(batch, length, n), new(batch, length, k), torch.arange(batch, device=device), []
+                for g, rank in enumerate((8, 16, 32, 64)):  # two adapters of each rank
+                    each.append((new(2, rank, k) * k**-0.5, new(2, n, rank), row // 4 % 2, row % 4 == g, 2.0))
+                given = [a for group in each for a in group]
+                leaves = tuple(t.requires_grad_() for t in (x, *(t for group in each for t in group[:2])))
+
+                def by_rank(op):
+                    out = y
+                    for group in each:
+                        out = op(out, x, *group)
+                    return out
+
+                ways = {
+                    "plain ops": Way(lambda: by_rank(grouped.in_a_batch), leaves),  # what a batch runs
+                    "one op for each rank": Way(lambda: by_rank(grouped.launch), leaves),
+                    "grouped_loras": Way(lambda: grouped.grouped_loras(4).launch(y, x, *given), leaves),
+                }
+                few = max(1, CHECKED // length)
+                wide = [a if isinstance(a, float) else a.detach() for a in given]
+                wide = [a if isinstance(a, float) else a.double() if a.is_floating_point() else a[:few] for a in wide]
+                return ways, lambda: grouped.grouped_loras(4).reference(y[:few].double(), x[:few].detach().double(), *wide)
+
+            size = torch.finfo(dtype).bits // 8
+            moved = size * (batch * length * (2 * n + k) + 2 * (8 + 16 + 32 + 64) * (n + k))
+            yield Row("grouped_loras", f"{batch} × {length} of ranks 8, 16, 32, 64 ({n} × {k})", make, moved, 2 * batch * length * 30 * (n + k), length >= 512, missing)
+
+
 #: an op's author adds a function here
-OPS = (lora_linear, dora_linear, gated_mlp, linear_int8, linear_int4, linear_nf4, linear_mxfp4, grouped_lora)
+OPS = (lora_linear, dora_linear, gated_mlp, linear_int8, linear_int4, linear_nf4, linear_mxfp4, grouped_lora, grouped_loras)
 
 
 # ---- measuring -----------------------------------------------------------------------------------------------------------

@@ -20,9 +20,9 @@
     -->
     y = dora_linear(x, w, b, down, up, magnitude, scale)
 
-    y = where(mask, vmap(lora)(y, x, down[slot], up[slot]), y)        what a batch makes of lora, for all adapters of one rank
+    y = where(mask, vmap(lora)(y, x, down[slot], up[slot]), y)        what a batch makes of lora, for all adapters of one rank, one rank after the other
     -->
-    y = grouped_lora(y, x, down, up, slot, mask, scale)
+    y = grouped_lora(y, x, down, up, slot, mask, scale)              grouped_loras_2(y, x, down_0, …, scale_0, down_1, …) for two ranks
 
 Nothing changes but the order of roundings: sums are made in one op, which keeps less for backward. What stays as it is, and why, is in the
 report. Put it last: other passes look for what it has replaced.
@@ -33,7 +33,7 @@ from dataclasses import dataclass
 import torch
 from rewrite.kernels.dora_linear import dora_linear
 from rewrite.kernels.gated_linear import ACTIVATIONS, gated_linear
-from rewrite.kernels.grouped_lora import grouped_lora
+from rewrite.kernels.grouped_lora import grouped_lora, grouped_loras
 from rewrite.kernels.linear_fp4 import linear_fp4
 from rewrite.kernels.linear_fp8 import linear_fp8
 from rewrite.kernels.linear_int4 import linear_int4
@@ -60,7 +60,7 @@ class Fuse(Pass):
         coded = {node.target.made_by.name for node in edit.graph.nodes if hasattr(node.target, "made_by")}
         formats = [None, *(name.removeprefix("dequant_") for name in sorted(coded) if name.startswith("dequant_"))]
         called = {str(node.target).split(".")[1] for node in edit.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
-        return fuse(edit, ops(formats, [act for act in ACTIVATIONS if act.removesuffix("_tanh") in called]), together)
+        return fuse(edit, ops(formats, [act for act in ACTIVATIONS if act.removesuffix("_tanh") in called]), together, in_turn)
 
 
 def together(ops):
@@ -68,6 +68,11 @@ def together(ops):
     if not all(hasattr(op, "counts") for op in ops) or len({op.format for op in ops}) > 1:
         return None
     return lora_linears(tuple(n for op in ops for n in op.counts), ops[0].format)
+
+
+def in_turn(ops):
+    """The op of groups of adapters that add to one value."""
+    return grouped_loras(sum(op.groups for op in ops)) if all(hasattr(op, "groups") for op in ops) else None
 
 
 def ops(formats, activations):

@@ -19,10 +19,12 @@ from .training.backward import REGION
 ASKED = (g.dtype_of, torch.ops.aten.sym_size.int)
 
 
-def fuse(edit, ops, together=None):
+def fuse(edit, ops, together=None, in_turn=None):
     """Fuse a graph; `ops` are pairs of an op and a small tensor for each of its tensor arguments. Returns the sites, [(path, op)].
 
     together(ops): the one op that does the work of several that read the same first argument, which gives a tuple; None where there is none.
+
+    in_turn(ops): the one op that does the work of several of which each adds to what the one before it gives, and reads the same second argument; or None.
 
     What passes have made and no op covers goes to `edit.declined` with the reason. Raises Refused where there is nothing to fuse at all.
     """
@@ -58,6 +60,8 @@ def fuse(edit, ops, together=None):
         sites.append((near.meta.get("site", near.meta.get("path", "")), occurrence.op.name))
     if together is not None:
         _together(graph, together)
+    if in_turn is not None:
+        _in_turn(graph, in_turn)
     edit.by_name = {node.name: node for node in graph.nodes}
     edit.restructured = True
     edit.declined += _left(graph, reasons)
@@ -92,6 +96,8 @@ def unfuse(edit):
     graph = edit.graph
     for node in [node for node in graph.nodes if "together" in node.meta]:
         _asunder(graph, node)
+    for node in [node for node in graph.nodes if "in turn" in node.meta]:
+        _one_by_one(graph, node)
     fused = [node for node in graph.nodes if node.meta.get("apart")]
     for node in fused:
         views = [node.args[i] for i in node.meta["turned"]]
@@ -150,6 +156,40 @@ def _asunder(graph, node):
             alone.meta = dict(meta)
             parts[i].replace_all_uses_with(alone)
             graph.fx.erase_node(parts[i])
+    graph.fx.erase_node(node)
+
+
+def _in_turn(graph, in_turn):
+    """Ops that add to one value, one after the other, become one op, where the last of them stands."""
+    made_by = lambda chain: in_turn([node.target.made_by for node in chain])  # noqa: E731
+    for node in [node for node in graph.nodes if "fused" in node.meta and hasattr(node.target, "made_by")]:
+        chain, following = [node], node
+        while len(following.users) == 1 and made_by(chain) is not None:
+            following = next(iter(following.users))
+            adds = "fused" in following.meta and hasattr(following.target, "made_by") and following.args[:2] == (chain[-1], node.args[1])
+            if not adds or made_by([*chain, following]) is None:
+                break
+            chain.append(following)
+        op = made_by(chain) if len(chain) > 1 else None
+        if op is None:
+            continue
+        last = chain[-1]
+        with graph.fx.inserting_before(last):
+            made = graph.fx.call_function(op.overload, (*node.args[:2], *(a for n in chain for a in n.args[2:])))
+        made.meta = {**last.meta, "fused": tuple(name for n in chain for name in n.meta["fused"]), "apart": None, "in turn": tuple((n.target, len(n.args) - 2, n.meta) for n in chain)}
+        last.replace_all_uses_with(made)
+        for old in reversed(chain):
+            graph.fx.erase_node(old)
+
+
+def _one_by_one(graph, node):
+    """What `_in_turn` has put together, one after the other again."""
+    value, read, *rest = node.args
+    with graph.fx.inserting_before(node):
+        for target, width, meta in node.meta["in turn"]:
+            value = graph.fx.call_function(target, (value, read, *rest[:width]))
+            value.meta, rest = dict(meta), rest[width:]
+    node.replace_all_uses_with(value)
     graph.fx.erase_node(node)
 
 

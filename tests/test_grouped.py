@@ -15,7 +15,7 @@ from rewrite.kernels import grouped_lora as k
 from test_formats import even
 from test_kernels import allowed
 
-from rewrite import pipeline, rewrite
+from rewrite import pipeline, rewrite, source
 
 CASES = cases.CASES
 
@@ -52,13 +52,22 @@ def test_autocast():
     assert ours.dtype == usual.dtype and error(exact[0], ours) <= allowed(error(exact[0], usual), "bfloat16")
 
 
-def test_different_ranks_are_stacked_with_zeros_behind():
-    pairs = [(torch.randn(r, 33), torch.randn(37, r)) for r in (2, 5, 3)]
-    down, up = k.stack(pairs)
-    (y, x, *_, slot, mask, scale), _ = cases.given("prefill")
-    alone = torch.stack([y[i] + scale * x[i] @ pairs[slot[i]][0].T @ pairs[slot[i]][1].T if mask[i] else y[i] for i in range(len(y))])
-    result = k.launch(y, x, down, up, slot, mask, scale)
-    assert error(alone, result) <= 2e-6 and error(alone, k.launch(y, x, down, up.flip(0), slot, mask, scale)) > 2e-6
+@pytest.mark.parametrize("case", cases.MIXED)
+def test_different_ranks_in_one_launch(case):
+    leads, each, grad = cases.given_mixed(case)
+    op, dtype = k.grouped_loras(len(each)), cases.MIXED[case][5]
+    exact, plain = cases.exactly_mixed(case)
+    for function in (op.launch, op):
+        for reference, usual, ours in zip(exact, plain, cases.run_mixed(function, leads, each, grad)):
+            assert error(reference, ours) <= allowed(error(reference, usual), dtype)
+    broken = cases.run_mixed(op.launch, leads, cases.exchanged(each), grad)
+    assert error(exact[0], broken[0]) > allowed(error(exact[0], plain[0]), dtype)
+
+
+def test_the_registered_op_of_different_ranks_is_whole():
+    leads, each, _ = cases.given_mixed("prefill")
+    given = [a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in (*leads, *(a for group in each for a in group))]
+    torch.library.opcheck(k.grouped_loras(2).overload, tuple(given))
 
 
 def test_a_broken_adapter_breaks_its_own_rows_alone():
@@ -72,7 +81,7 @@ def test_a_broken_adapter_breaks_its_own_rows_alone():
 
 def test_what_no_tile_takes():
     x = torch.randn(1, 1, 4)
-    assert "no body for a cpu" in k.unsuited(x, 8) and isinstance(k.way_of(x, 8, None, torch.ones(1)), k.ByLibrary)
+    assert "no body for a cpu" in k.unsuited(x, 8) and isinstance(k.way_of(x, [8], [(None, torch.ones(1))]), k.ByLibrary)
     meta = type("OnCuda", (), {"is_cuda": True, "dtype": torch.float32, "element_size": lambda self: 4})()
     assert "rank 65" in k.unsuited(meta, 65) and k.unsuited(meta, 64) is None
     assert k.launch(torch.empty(2, 0, 5), torch.empty(2, 0, 4), torch.ones(1, 2, 4), torch.ones(1, 5, 2), torch.zeros(2).long(), torch.ones(2).bool(), 1.0).shape == (2, 0, 5)
@@ -82,16 +91,16 @@ def test_triton_bodies_under_the_interpreter():
     done = subprocess.run([sys.executable, cases.__file__], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout)
-    assert report.keys() == CASES.keys()
+    assert report.keys() == {*CASES, *(f"mixed, {case}" for case in cases.MIXED)}
     for case, found in report.items():
         for plain, ours in zip(found["plain"], found["ours"]):
             assert ours <= allowed(plain, found["dtype"]), case
         assert found["broken"][0] > allowed(found["plain"][0], found["dtype"]), case
 
 
-@pytest.mark.parametrize("launch, backward", [("shrink", False), ("expand", True), ("gradient", False)])
-def test_default_tiles_compile_for_hopper(launch, backward):
-    found = aot_grouped.compiled(90, launch, "bf16", backward=backward)
+@pytest.mark.parametrize("launch, backward, ranks", [("shrink", False, (8, 64)), ("expand", True, (16,)), ("expand", False, (8, 64)), ("gradient", False, (16,))])
+def test_default_tiles_compile_for_hopper(launch, backward, ranks):
+    found = aot_grouped.compiled(90, launch, "bf16", ranks, backward)
     assert fault(90, found) is None, fault(90, found)
 
 
@@ -99,12 +108,13 @@ def test_default_tiles_compile_for_hopper(launch, backward):
 
 
 def test_fuse_finds_it_in_a_batch(monkeypatch):
-    """Adapters of one rank are one op, those of another the next, which reads what the first gives."""
+    """Adapters of several ranks are one op, each rank a group of it."""
     monkeypatch.setattr(pipeline, "capture", captured)
     lora = lambda rank: {"pass": "lora", "where": "attention.q", "rank": rank}  # noqa: E731
     batch = {"batch": {"a": [lora(4)], "b": [lora(4)], "c": [lora(2)]}}
     plain, live = (rewrite(even(), {"passes": [batch, *steps]}) for steps in ([], [{"pass": "fuse"}]))
-    assert sum(node.target is k.grouped_lora.overload for node in live.graph.nodes) == 2 and not any("bmm" in str(node.target) for node in live.graph.nodes)
+    assert sum(node.target is k.grouped_loras(2).overload for node in live.graph.nodes) == 1 and not any(node.target is k.grouped_lora.overload for node in live.graph.nodes)
+    assert "grouped_loras_2(" in source(live) and not any("bmm" in str(node.target) for node in live.graph.nodes)
     for model in (plain, live):
         generator = torch.Generator().manual_seed(0)
         for name, parameter in sorted(model.named_parameters()):
