@@ -8,6 +8,10 @@
     -->
     q, k, v = lora_linears_1_1_1(x, w_0, b_0, down_0, up_0, scale_0, w_1, …)
 
+    y = such a sum in which `down` takes dropout(x, p, training)
+    -->
+    y = lora_dropout(x, w, b, down, up, scale, p, training)
+
     y = such a sum of x = silu(e) * g, or gelu
     -->
     y = gated_linear_silu_1(e, g, w, b, down, up, scale)
@@ -40,6 +44,7 @@ from rewrite.kernels.linear_int4 import linear_int4
 from rewrite.kernels.linear_int8 import linear_int8
 from rewrite.kernels.linear_mxfp4 import linear_mxfp4
 from rewrite.kernels.linear_nf4 import linear_nf4
+from rewrite.kernels.lora_dropout import lora_dropout
 from rewrite.kernels.lora_linears import lora_linears
 
 from rewrite.contract import Pass
@@ -88,6 +93,7 @@ def ops(formats, activations):
     return [
         *((lora_linears(counts, form), values) for form in formats for counts, values in (((1,), one), ((2,), two))),
         *((gated_linear(act, count, form), {**halves, **values}) for form in formats for act in activations for count, values in enumerate((one, one, two)) if count or form is None),
+        *((lora_dropout(form), one) for form in formats),
         *((dora_linear(form), {**one, "magnitude": new(7, 1)}) for form in formats),
         (linear_int8, {**whole, "codes": new(7, 6, dtype=torch.int8)}),
         (linear_int4, {**whole, "codes": new(7, 3, dtype=torch.uint8), "zeros": new(7, 1, dtype=torch.uint8), "shape": [7, 6]}),

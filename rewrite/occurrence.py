@@ -23,6 +23,9 @@ COMMUTES = {torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor}
 #: what they make of their first argument is said by the two shapes
 SHAPES = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.expand.default, torch.ops.aten.reshape.default}
 
+#: stands among the literals of a pattern for its argument that is true or false, whatever says so in the graph
+FLAG = ("flag",)
+
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
@@ -90,7 +93,9 @@ def _traced(op, reference, values, absent, turned=()):
     sizes = {name: value for name, value in values.items() if isinstance(value, list)}
     literals = {value: name for name, value in numbers.items()} | {tuple(value): name for name, value in sizes.items()}
     tensors = {name: values[name] for name in parameters if name in values and name not in (*absent, *sizes)}
-    fixed = {**dict.fromkeys(absent), **numbers, **sizes}
+    flags = [name for name, p in parameters.items() if p.annotation is bool]
+    literals |= {FLAG: name for name in flags}
+    fixed = {**dict.fromkeys(absent), **numbers, **sizes, **dict.fromkeys(flags, True)}
 
     def call(*given):
         known = dict(zip(tensors, given)) | fixed
@@ -190,6 +195,10 @@ def _agree(pattern, wanted, node, bound):
         if x.meta["val"].dtype != node.args[0].meta["val"].dtype:
             raise Differs(f"%{node.name} is not the dtype of %{x.name}", len(bound))
         return bound
+    if isinstance(wanted, bool) and FLAG in pattern.literals:
+        if not isinstance(node, (bool, fx.Node)):
+            raise Differs(f"{node} stands where a truth should", len(bound))
+        return {**bound, FLAG: node}
     if not isinstance(wanted, fx.Node):
         if type(wanted) is not type(node) or wanted != node:
             raise Differs(f"{node} stands in place of {wanted}", len(bound))
