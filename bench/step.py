@@ -1,9 +1,9 @@
 """A training step side by side: what adapters on every linear of a small Llama add to it, ours beside those of HF PEFT.
 
-    OMP_NUM_THREADS=2 python bench/step.py [--hidden 512 1024] [--pairs 21] [--dtypes float32 bfloat16]
+    OMP_NUM_THREADS=2 python bench/step.py [--hidden 512 1024] [--pairs 21] [--dtypes float32 bfloat16] [--modes eager compiled]
 
-Forward, loss and backward with a gradient to the embeddings, in eager mode; the optimizer's step, the same for all, is left out. One round runs each
-way once, in turn, so that all of them meet the machine's load alike; added is the median over rounds of a way's step minus that of the frozen base
+Forward, loss and backward with a gradient to the embeddings, eager beside eager and compiled beside compiled; the optimizer's step, the same for all, is
+left out. `compiled` is torch.compile(fullgraph=True): each model in one graph. One round runs each way once in both modes, in turn, so that all of them meet the machine's load alike; added is the median over rounds of a way's step minus that of the frozen base
 in the same round. `ours` is taken off the same base as PEFT's, the original model; `ours, printed base` off the frozen model as `rewrite` prints it, so
 that nothing which printing gains counts for the adapters. PEFT's adapters have the dtype of the base, as ours do. All ways start from the
 same weights, and their losses are compared before anything is timed. Writes bench/results/step.json.
@@ -72,33 +72,39 @@ def step(model, ids, clock=time.perf_counter):
     return clock() - start, float(loss.detach())
 
 
-def measure(hidden, dtype, pairs, clock):
+def measure(hidden, dtype, pairs, clock, modes):
+    """A row of the result for each mode."""
     import torch
 
-    models = ways(hidden, getattr(torch, dtype))
+    models = {}
+    for name, model in ways(hidden, getattr(torch, dtype)).items():
+        models |= {(mode, name): torch.compile(model, fullgraph=True) if mode == "compiled" else model for mode in modes}
     ids = torch.randint(VOCAB, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
     losses = {name: [step(model, ids)[1] for _ in range(3)][-1] for name, model in models.items()}
-    for name in ("plain", "ours"):
-        if abs(losses[name] - losses["PEFT"]) > {"float32": 1e-5, "bfloat16": 2e-2}[dtype] * losses["PEFT"]:
-            raise SystemExit(f"{name} and PEFT differ: losses {losses[name]} and {losses['PEFT']}")
-    if abs(losses["frozen"] - losses["PEFT"]) < 1e-6:
-        raise SystemExit("the adapters do nothing: there is nothing to compare")
-    load, times = os.getloadavg()[0], {name: [] for name in models}
+    for mode, name in models:
+        if name in ("plain", "ours") and abs(losses[mode, name] - losses[mode, "PEFT"]) > {"float32": 1e-5, "bfloat16": 2e-2}[dtype] * losses[mode, "PEFT"]:
+            raise SystemExit(f"{name} and PEFT differ, {mode}: losses {losses[mode, name]} and {losses[mode, 'PEFT']}")
+        if name == "frozen" and abs(losses[mode, name] - losses[mode, "PEFT"]) < 1e-6:
+            raise SystemExit("the adapters do nothing: there is nothing to compare")
+    load, times = os.getloadavg()[0], {way: [] for way in models}
     for i in range(pairs):
-        for name in list(models)[:: 1 if i % 2 else -1]:
-            times[name].append(step(models[name], ids, clock)[0])
-    added = {name: statistics.median(a - b for a, b in zip(times[name], times["frozen"])) for name in ("PEFT", "plain", "ours")}
-    added["ours, printed base"] = statistics.median(a - b for a, b in zip(times["ours"], times["frozen, printed"]))
-    return {
-        "hidden": hidden, "dtype": dtype, "losses": losses, "pairs": pairs, "load": [round(load, 2), round(os.getloadavg()[0], 2)],
-        "seconds": {name: statistics.median(values) for name, values in times.items()}, "added": added, "ratio": {name: value / added["PEFT"] for name, value in added.items()},
-    }  # fmt: skip
+        for way in list(models)[:: 1 if i % 2 else -1]:
+            times[way].append(step(models[way], ids, clock)[0])
+    for mode in modes:
+        of = {name: values for (kind, name), values in times.items() if kind == mode}
+        added = {name: statistics.median(a - b for a, b in zip(of[name], of["frozen"])) for name in ("PEFT", "plain", "ours")}
+        added["ours, printed base"] = statistics.median(a - b for a, b in zip(of["ours"], of["frozen, printed"]))
+        yield {
+            "hidden": hidden, "dtype": dtype, "mode": mode, "losses": {name: losses[mode, name] for name in of}, "pairs": pairs, "load": [round(load, 2), round(os.getloadavg()[0], 2)],
+            "seconds": {name: statistics.median(values) for name, values in of.items()}, "added": added, "ratio": {name: value / added["PEFT"] for name, value in added.items()},
+        }  # fmt: skip
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
     parser.add_argument("--pairs", type=int, default=21)
     parser.add_argument("--cpu", action="store_true", help="count seconds of CPU, not of the clock: for a machine that others use too")
     given = parser.parse_args()
@@ -109,10 +115,11 @@ def main():
     rows = []
     for hidden in given.hidden:
         for dtype in given.dtypes:
-            rows.append(row := measure(hidden, dtype, given.pairs, time.process_time if given.cpu else time.perf_counter))
-            shown = "  ".join(f"{name} {1000 * row['added'][name]:6.1f} ms ({row['ratio'][name]:.2f})" for name in row["added"])
-            print(f"hidden {hidden:4} {dtype:8}  frozen {1000 * row['seconds']['frozen']:6.1f} ms  added: {shown}  load {row['load'][0]}", flush=True)
-    result = {"what": f"LoRA of rank {RANK} on all linears but the head, {ROWS} × {LENGTH} tokens, forward and backward, eager; added to the frozen base", "rows": rows, "machine": machine}
+            for row in measure(hidden, dtype, given.pairs, time.process_time if given.cpu else time.perf_counter, given.modes):
+                rows.append(row)
+                shown = "  ".join(f"{name} {1000 * row['added'][name]:6.1f} ms ({row['ratio'][name]:.2f})" for name in row["added"])
+                print(f"hidden {hidden:4} {dtype:8} {row['mode']:8}  frozen {1000 * row['seconds']['frozen']:6.1f} ms, ours {1000 * row['seconds']['ours']:6.1f} ms  added: {shown}  load {row['load'][0]}", flush=True)
+    result = {"what": f"LoRA of rank {RANK} on all linears but the head, {ROWS} × {LENGTH} tokens, forward and backward; added to the frozen base", "rows": rows, "machine": machine}
     result["versions"] = {name: version(name) for name in ("torch", "transformers", "peft")}
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
