@@ -10,8 +10,10 @@ import itertools
 import pytest
 import torch
 from interpreted import error
+from rewrite.kernels.lora_linear import lora_linear
 from rewrite.kernels.lora_linears import lora_linears
 from test_kernels import allowed
+from torch.utils._python_dispatch import TorchDispatchMode
 
 CASES = {  # adapters of each linear, format, lead and width of x, dtype, how x lies
     "three": ((1, 1, 1), None, (7, 19), "float32", "rows"),
@@ -127,6 +129,32 @@ def test_a_result_that_nobody_reads_costs_nothing():
     given = [a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in cast(arguments, torch.float32)]
     op.launch(*given)[1].backward(grads[1].float())
     assert given[6].grad is not None and given[1].grad is None
+
+
+class Launches(TorchDispatchMode):
+    """How many ops are run that are no views."""
+
+    count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += not op.is_view and op.__name__.split(".")[0] not in ("_unsafe_view", "detach")
+        return op(*args, **(kwargs or {}))
+
+
+def test_launches_of_three_linears():
+    op, arguments, grads = made("three")
+    given = cast(arguments, torch.float32)
+    given = [a if a is None or isinstance(a, float) else a.requires_grad_(i == 0 or i % 5 in (3, 4)) for i, a in enumerate(given)]
+    trained = [a for a in given if isinstance(a, torch.Tensor) and a.requires_grad]
+    each = lambda function: lambda x, *rest: [function(x, *rest[i : i + 5]) for i in (0, 5, 10)]  # noqa: E731
+    counts, grads = [], cast(grads, torch.float32)
+    for function in (each(lora_linear.reference), each(lora_linear.launch), op.launch):
+        with Launches() as forward:
+            found = function(*given)
+        with Launches() as backward:
+            torch.autograd.grad(found, trained, grads)
+        counts.append((forward.count, backward.count))
+    assert counts == [(15, 23), (9, 26), (8, 21)]  # as the file says of itself
 
 
 def test_autocast():
