@@ -57,9 +57,8 @@ def fuse(edit, ops, together=None, in_turn=None):
         for old in asked:
             if not old.users and old not in gone:
                 graph.fx.erase_node(old)
-        sites.append((near.meta.get("site", near.meta.get("path", "")), occurrence.op.name))
-    if together is not None:
-        _together(graph, together)
+        sites.append((near.meta.get("site", near.meta.get("path", "")), node))
+    joined = {} if together is None else _together(graph, together)
     if in_turn is not None:
         _in_turn(graph, in_turn)
     edit.by_name = {node.name: node for node in graph.nodes}
@@ -68,7 +67,7 @@ def fuse(edit, ops, together=None, in_turn=None):
     if not sites and (edit.main or graph.is_inner):
         shown = "\n".join(f"{path}: {reason}" for path, reason in edit.declined[:5])
         raise Refused(f"{edit.step.place}: {edit.kind}: nothing to fuse.\n{shown}\nLeave the pass out.")
-    return sites
+    return [(path, joined.get(node, node.target.made_by.name)) for path, node in sites]
 
 
 def _apart(occurrence):
@@ -119,8 +118,8 @@ def unfuse(edit):
 
 
 def _together(graph, together):
-    """Ops of one module that read one value become one op, where the first of them stands: what the others read must be there by then."""
-    alike = {}
+    """Ops of one module that read one value become one op, where the first of them stands: what the others read must be there by then. {node: the op that has it now}."""
+    alike, joined = {}, {}
     for node in graph.nodes:
         if "fused" in node.meta and hasattr(node.target, "made_by") and together([node.target.made_by]) is not None:
             alike.setdefault((node.args[0], node.meta.get("site", "").rpartition(".")[0], node.meta.get(REGION)), []).append(node)
@@ -140,8 +139,10 @@ def _together(graph, together):
                 part = graph.fx.call_function(operator.getitem, (made, i))
                 part.meta = {**node.meta, "fused": (), "apart": None}
                 node.replace_all_uses_with(part)
+        joined |= dict.fromkeys(nodes, op.name)
         for node in nodes:
             graph.fx.erase_node(node)
+    return joined
 
 
 def _asunder(graph, node):

@@ -112,6 +112,7 @@ def test_every_adapter_is_fused_and_nothing_else_changes():
     plain, live = wake(gated(LORA)), wake(gated(LORA, FUSE))
     assert len(fused(live)) == 14 and not live.report.applied[-1].refused
     assert fused(live)[:7] == ["lora_linears_1_1_1"] * 3 + ["lora_linear"] + ["lora_linears_1_1"] * 2 + ["gated_linear_silu_1"]
+    assert sorted(name for _, name in live.report.applied[-1].sites) == sorted(fused(live))
     assert "lora_linear_1 = lora_linear(" in source(live, "model.layers.0") and "rewrite.kernels.lora_linear" in source(live, "model.layers.0")
     for batch, length in ((2, 7), (1, 1)):
         close(reference=TOYS["gated"].output(plain, batch, length), result=TOYS["gated"].output(live, batch, length), drift=rounding(torch.float32))
