@@ -27,6 +27,7 @@ aot: $(VENV)/installed-test
 	$(VENV)/bin/python tests/aot_grouped.py
 	$(VENV)/bin/python tests/aot_dora.py
 	$(VENV)/bin/python tests/aot_gated.py
+	$(VENV)/bin/python tests/aot_loss.py
 
 clean:
 	rm -rf $(VENV) demo-out examples/out
