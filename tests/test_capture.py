@@ -7,6 +7,7 @@ import numpy
 import pytest
 import torch
 import transformers
+from asserting import Asserting
 from models import FAMILIES, build, captured, example
 from torch import fx, nn
 
@@ -572,3 +573,26 @@ def test_a_question_about_strides_is_no_condition():
     assert not graph.opaque and "past" in graph.variants
     options = dict(max_new_tokens=3, do_sample=False, attention_mask=torch.ones_like(ids))
     assert torch.equal(make_live(graph).generate(ids, **options), model.generate(ids, **options))
+
+
+class Lengths(Stack):
+    def forward(self, x, lengths):
+        return self.last(self.between(self.first(x), lengths))
+
+
+@pytest.mark.parametrize("form", ["plain", "not"])
+def test_what_is_asserted_of_values_is_asked_at_each_call(form):
+    model = Lengths(Asserting(form)).eval()
+    graph = capture(model, (torch.randn(2, 7, 8), torch.tensor([3, 7])))
+    live, x = make_live(graph), torch.randn(3, 9, 8)
+    assert not graph.opaque
+    assert torch.equal(live(x, torch.tensor([3, 9, 1])), model(x, torch.tensor([3, 9, 1])))
+    with pytest.raises(AssertionError):
+        model(x, torch.tensor([3, 10, 1]))
+    with pytest.raises(RuntimeError, match=r"asserting.py.*asserted"):
+        live(x, torch.tensor([3, 10, 1]))
+
+
+@pytest.mark.parametrize("form", ["or", "branch"])
+def test_what_only_looks_like_an_assert_is_not_taken_for_one(form):
+    assert "between" in capture(Lengths(Asserting(form)).eval(), (torch.randn(2, 7, 8), torch.tensor([3, 7]))).opaque

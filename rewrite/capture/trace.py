@@ -8,6 +8,7 @@ condition on a size that was asked is kept with the place that asked.
 """
 
 import contextlib
+import dis
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -113,6 +114,22 @@ def source_line():
     return ""
 
 
+def asserted():
+    """The answer with which the `assert` whose test is being decided goes on; None where other code decides."""
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename.startswith((_LIBRARY, _OURS, "<")):
+        frame = frame.f_back
+    if frame is None:
+        return None
+    at = [step for step in dis.get_instructions(frame.f_code) if step.opname not in ("CACHE", "EXTENDED_ARG")]
+    place = next((i for i, step in enumerate(at) if step.offset == frame.f_lasti), len(at))
+    while place < len(at) - 1 and at[place].opname in ("COMPARE_OP", "TO_BOOL"):
+        place += 1
+    if place >= len(at) - 1 or not (at[place + 1].opname == "LOAD_ASSERTION_ERROR" or at[place + 1].argrepr == "AssertionError"):
+        return None
+    return "IF_TRUE" in at[place].opname if "POP_JUMP" in at[place].opname else None
+
+
 _ASKING = (
     "symbolic_shapes.py", "sym_node.py", "recording.py", "proxy_tensor.py", "torch/__init__.py", "capture/trace.py", "functools.py", "contextlib.py",
 )  # fmt: skip
@@ -133,7 +150,8 @@ class Shapes(ShapeEnv):
     """A ShapeEnv that remembers which module and which line asked for a condition on a size.
 
     Whether a size that depends on values (the number of labels that count) is zero is answered with no, and kept in `filled`; whether a
-    number drawn is so small that a layer is left out, with no, and the draw is written down as `drops`.
+    number drawn is so small that a layer is left out, with no, and the draw is written down as `drops`. What an `assert` line asks of a
+    value (`lengths.max().item() <= length`) is taken to hold, and the graph asks it at each call.
     """
 
     asked, tracer = None, None
@@ -144,6 +162,9 @@ class Shapes(ShapeEnv):
         except GuardOnDataDependentSymNode:
             if self.tracer.meets_drop():
                 return sympy.false
+            held = asserted()
+            if held is not None and self.tracer.keep_assert(asked, held, source_line()):
+                return sympy.sympify(held)
             symbol = _asks_for_nothing(asked)
             if symbol is None:
                 raise
@@ -287,6 +308,20 @@ class Tracer(PythonKeyTracer):
         if chain[-1].args[0] != [] or not isinstance(chain[2].args[1], float):
             return False
         self.drawn.append((chain, chain[2].args[1]))
+        return True
+
+    def keep_assert(self, asked, held, place):
+        """Write down that each call asks whether this holds; False where it is no value of the graph."""
+        node = next((n for n in reversed(self.graph.nodes) if isinstance(n.meta.get("val"), torch.SymBool) and n.meta["val"].node._expr == asked), None)
+        if node is None:
+            return False
+        if not held:
+            with disable_proxy_modes_tracing():
+                value = torch.sym_not(node.meta["val"])
+            node = self.create_node("call_function", torch.sym_not, (node,), {})
+            node.meta["val"] = value
+        words = f"{place}: what is asserted here does not hold"
+        self.create_node("call_function", aten._assert_scalar.default, (node, words), {}).meta.update(val=None, asked=True)
         return True
 
     def write_drops(self, graph):
