@@ -10,6 +10,8 @@ Bytes read: 1 a weight and 4 a channel or a block, where bfloat16 has 2 a weight
 Micikevicius et al. 2022, arXiv:2209.05433.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -98,12 +100,18 @@ def by_triton(codes, scales, dtype):
     return out
 
 
+@functools.cache
+def _table(device):
+    return torch.tensor(E4M3, device=device, dtype=torch.float32)
+
+
 def launch(codes, scales, dtype):
     if torch.compiler.is_compiling() or isinstance(codes, FakeTensor):
         return reference(codes, scales, dtype)
     if codes.is_cuda:
         return by_triton(codes, scales, dtype)
-    return _scaled(codes.view(torch.float8_e4m3fn).float(), scales, dtype)
+    numbers = _table(codes.device).index_select(0, codes.reshape(-1).int()).view(codes.shape)  # torch's cast takes four times as long
+    return _scaled(numbers, scales, dtype)
 
 
 def fake(codes, scales, dtype):

@@ -8,11 +8,14 @@ from 0 to 16. Leading dimensions (experts) are kept. A convolution's row is all 
 Bytes read: 0.5 + 4/group a weight, and 1/group with zeros: 0.5625 and 0.578 at 64, where bfloat16 has 2.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch._subclasses import FakeTensor
 
+from rewrite.kernels.looked_up import looked_up
 from rewrite.kernels.op import Op
 from rewrite.kernels.pieces import by_rows
 from rewrite.kernels.rounding import by_hand, rounded
@@ -70,10 +73,18 @@ def by_triton(codes, scales, zeros, shape, dtype):
     return out
 
 
+@functools.cache
+def _pairs(zero, device):
+    """What a byte stands for."""
+    return torch.tensor([(low - zero, high - zero) for high in range(16) for low in range(16)], device=device, dtype=torch.float32)
+
+
 def launch(codes, scales, zeros, shape, dtype):
-    if not codes.is_cuda or torch.compiler.is_compiling() or isinstance(codes, FakeTensor):
+    if torch.compiler.is_compiling() or isinstance(codes, FakeTensor):
         return reference(codes, scales, zeros, shape, dtype)
-    return by_triton(codes, scales, zeros, shape, dtype)
+    if codes.is_cuda:
+        return by_triton(codes, scales, zeros, shape, dtype)
+    return looked_up(codes, _pairs(ZERO if zeros is None else 0, codes.device), scales.view(torch.float32), shape, dtype, zeros)
 
 
 def fake(codes, scales, zeros, shape, dtype):

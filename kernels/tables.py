@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch._subclasses import FakeTensor
 
+from rewrite.kernels.looked_up import looked_up
 from rewrite.kernels.rounding import by_hand, rounded
 
 BLOCK, NESTED, CHUNK = 64, 256, 64 * 2**14
@@ -79,15 +80,19 @@ def _pairs(table, device):
 def _dequantize(codes, scales, nested, shape, dtype, pairs, levels):
     n = _entries(codes, shape)
     values = pairs[codes.int()].flatten(-2)[..., :n]  # a byte gives two entries
-    if nested is None:
-        scales = scales.view(torch.float32)
-    else:
-        nested = nested.view(torch.float32)
-        coarse = nested[..., :-1].repeat_interleave(NESTED, -1)[..., : scales.shape[-1]]
-        scales = levels[scales.int()] * coarse + nested[..., -1:]
+    scales = _scales(scales, nested, levels)
     if n % BLOCK:
         return (values * scales.repeat_interleave(BLOCK, -1)[..., :n]).view(shape).to(dtype)
     return (values.unflatten(-1, (-1, BLOCK)) * scales.unsqueeze(-1)).view(shape).to(dtype)
+
+
+def _scales(scales, nested, levels):
+    """The scales in float32."""
+    if nested is None:
+        return scales.view(torch.float32)
+    nested = nested.view(torch.float32)
+    coarse = nested[..., :-1].repeat_interleave(NESTED, -1)[..., : scales.shape[-1]]
+    return levels[scales.int()] * coarse + nested[..., -1:]
 
 
 def _entries(codes, shape):
@@ -140,4 +145,6 @@ def launch(codes, scales, nested, shape, dtype, table):
     numbers, pairs, levels = _tables(table, codes.device)
     if codes.is_cuda:
         return by_triton(codes, scales, nested, shape, dtype, numbers, levels)
-    return _dequantize(codes, scales, nested, shape, dtype, pairs, levels)
+    if codes.dim() > 1 or _entries(codes, shape) % BLOCK:  # experts, and a last block that is shorter
+        return _dequantize(codes, scales, nested, shape, dtype, pairs, levels)
+    return looked_up(codes, pairs, _scales(scales, nested, levels), shape, dtype)

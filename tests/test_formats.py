@@ -119,6 +119,16 @@ def test_int4_by_groups(group, symmetric):
     rejects(reference=found, result=dequant_int4.launch(swapped, scales, zeros, [7, 256], torch.float32), drift=0.05)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_eager_code_makes_is_the_reference(name):
+    w = weight(517, 1024)  # of more than two pieces
+    module, tensors = quantized(name, w)
+    for dtype in (torch.float32, torch.bfloat16):
+        found = numbers(module, tensors, w.shape, dtype)
+        close(reference=numbers(module, tensors, w.shape, dtype, "reference"), result=found, drift=0.0)
+        rejects(reference=found, result=found.roll(1, 0), drift=0.0)
+
+
 def test_zeros_pay_where_a_group_lies_to_one_side():
     w = torch.rand(5, 128, generator=torch.Generator().manual_seed(0)) + 1.0
     error = [float((dequant_int4.launch(*dequant_int4.quantize(w, 64, kind), [5, 128], torch.float32) - w).square().mean()) for kind in (True, False)]
