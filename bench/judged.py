@@ -4,6 +4,7 @@ Every check says "ok", or what is wrong in words. All random generators are seed
 """
 
 import copy
+import functools
 import random
 import time
 
@@ -33,11 +34,11 @@ def seed(number=0):
     random.seed(number)
 
 
-def inputs_at(model, batch, length):
-    """Inputs of these sizes, as the engine makes them from the config: the fullest that the model takes."""
+def inputs_at(model, batch, length, refused=None):
+    """Inputs of these sizes, as the engine makes them from the config: the fullest that the model takes; the text alone where more was refused."""
     examples = Examples(model)
     examples.sizes = Sizes(batch, length, 2, length + 2)
-    return _accepted(model, examples)
+    return _accepted(model, examples, refused)
 
 
 def accepts(model):
@@ -45,9 +46,9 @@ def accepts(model):
     return _accepted(model, Examples(model))
 
 
-def _accepted(model, examples):
+def _accepted(model, examples, refused=None):
     reasons = []
-    for inputs, _ in examples.candidates():
+    for inputs, _ in examples.candidates(refused):
         try:
             seed()
             with torch.no_grad():
@@ -125,6 +126,9 @@ class Judged:
         self.found["variants"] = [graph.name for graph in self.graph.all() if not graph.is_inner]
         self.found["opaque"] = {path: reason[:300] for path, reason in self.graph.opaque.items()}
         self.found["notes"] = [note[:300] for note in self.graph.notes]
+        refused = next((note for note in self.graph.notes if note.startswith("captured without ")), None)
+        if refused is not None:
+            self.at = functools.partial(self.at, refused=refused)
         graph = self.graph.copy()
         self.live = live_of(graph, Spec.parse({"passes": []}), Report(), None)
         return "ok"

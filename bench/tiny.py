@@ -172,8 +172,12 @@ def _parameters(kind, config):
         return 0
 
 
-def shrunk(config_class, rules, layers, given=None):
-    """A config of this class with its numbers shrunk by the rules, and those of the configs in it."""
+def shrunk(config_class, rules, layers, given=None, tokens=None):
+    """A config of this class with its numbers shrunk by the rules, and those of the configs in it.
+
+    tokens: token of upstream → ours, for all configs of one model: an image's is not the end of the text, and one is the same in each of them.
+    """
+    tokens = {} if tokens is None else tokens
     fields = _fields(config_class)
     values = dict(given or {})
     hints = dict(HINTS.get(getattr(config_class, "model_type", None), {})) if rules else {}
@@ -181,12 +185,11 @@ def shrunk(config_class, rules, layers, given=None):
     before &= {values.get(name, default) for name, default in fields.items() if re.fullmatch(COUNTS[3][0], name) and isinstance(values.get(name, default), int)}
     for name, kind in (getattr(config_class, "sub_configs", None) or {}).items():
         if name not in hints and name in fields and inspect.isclass(kind) and hasattr(kind, "sub_configs") and kind.__name__ != "AutoConfig":
-            values[name] = shrunk(kind, rules, layers).to_dict()
+            values[name] = shrunk(kind, rules, layers, tokens=tokens).to_dict()
         elif name not in hints and name in fields and kind.__name__ == "AutoConfig":
             default = getattr(config_class(), name, None)
             if default is not None:
-                values[name] = shrunk(type(default), rules, layers, _other_than_default(default)).to_dict()
-    used = 0
+                values[name] = shrunk(type(default), rules, layers, _other_than_default(default), tokens).to_dict()
     for name, default in fields.items():
         number = values.get(name, default)
         if isinstance(number, bool) or not isinstance(number, int):
@@ -197,8 +200,7 @@ def shrunk(config_class, rules, layers, given=None):
                 break
         else:
             if IDS.fullmatch(name) and number >= VOCABULARY and rules:
-                used += 1
-                values[name] = VOCABULARY - used
+                values[name] = tokens.setdefault(number, VOCABULARY - 1 - len(tokens))
     for name, default in fields.items():
         listed = values.get(name, default)
         if isinstance(listed, (list, tuple)) and len(listed) in before and rules:  # one entry a layer

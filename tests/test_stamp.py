@@ -15,6 +15,7 @@ from rewrite.calls.variants import variants
 from rewrite.capture.model import capture
 from rewrite.capture.tidy import tidy
 from rewrite.capture.trace import trace
+from rewrite.errors import Refused
 from rewrite.text import show
 
 DEEP = {**SIZES, "num_hidden_layers": 4}
@@ -210,3 +211,52 @@ def test_a_block_that_looks_beyond_its_slot_of_the_cache_is_traced(look, looking
 def test_watching_leaves_the_builtin_type_alone():
     capture(MORE["llama"]().eval())
     assert builtins.type is int.__class__
+
+
+class Gated(nn.Module):
+    """A block whose gate asks for a value: its method stays one call."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def gate(self, x):
+        return x if float(x.detach().sum()) > 0 else -x
+
+    def forward(self, x):
+        return self.inner(x) + self.gate(x)
+
+
+def test_methods_that_stay_calls_are_the_stamped_blocks_own():
+    model, x = nn.Sequential(*(Gated() for _ in range(3))).eval(), torch.randn(6, 8)
+    graph = capture(model, (torch.randn(5, 8),))
+    assert [n.target for n in graph.nodes if n.op == "call_module"] == [f"{i}.gate" for i in range(3)]
+    assert torch.equal(Run(graph)(x)[0], model(x)) and not torch.equal(Run(graph)(x)[0], model[:2](x))
+    assert texts(graph) == texts(capture(model, (torch.randn(5, 8),), stamp=False))
+
+
+def test_images_that_cannot_be_captured_leave_the_text(monkeypatch):
+    from rewrite.capture import model as capturing
+
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4),
+        text_config=transformers.LlamaConfig(**SIZES, **GROUPED, **SPECIAL),
+        image_token_id=SIZES["vocab_size"] - 1,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    whole = capture(model, generation=False)
+    assert "pixel_values" in whole.inputs and not any(note.startswith("captured without") for note in whole.notes)
+    graph_of = capturing._Capture.graph
+
+    def refuses(self):
+        if "pixel_values" in self.variant.kwargs:
+            raise Refused("the images go ways of their own")
+        return graph_of(self)
+
+    monkeypatch.setattr(capturing._Capture, "graph", refuses)
+    graph = capture(model, generation=False)
+    assert "pixel_values" not in graph.inputs
+    assert any(note.startswith("captured without pixel_values: the images go ways of their own") for note in graph.notes)
+    with pytest.raises(Refused, match="ways of their own"):
+        capture(model, variants(model)[0].kwargs, generation=False)

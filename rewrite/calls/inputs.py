@@ -167,9 +167,11 @@ class Examples:
             stride *= step
         return self.floats(self.sizes.batch, stride * (self.sizes.length + 2))
 
-    def candidates(self):
-        """(inputs, notes) that the model may accept, the fullest first."""
+    def candidates(self, refused=None):
+        """(inputs, notes) that the model may accept, the fullest first; those without images (or audio) where a call with them was refused."""
         try:
+            if refused is not None:
+                raise Refused(refused)
             whole = self.inputs()
         except Refused as reason:
             missing = [name for name in MEDIA if name in self.parameters]

@@ -61,16 +61,17 @@ def is_hugging_face(model):
     return all(hasattr(model, name) for name in ("config", "main_input_name", "can_generate"))
 
 
-def variants(model, example=None):
+def variants(model, example=None, refused=None):
     """The calls to capture, the main one first.
 
     model: a transformers model (then `example` may be None: inputs are made from the config; or a dict of its forward's arguments),
     or any nn.Module with `example`, a dict of arguments or a tuple of them in order. Models on the meta device get inputs there.
+    refused: why a call with images (or audio) could not be captured; the calls are those of the text then.
     Raises Refused if there is no example and none can be made, or if the model does not accept it.
     """
     if not is_hugging_face(model):
         return [_plain(model, example)]
-    calls = _Calls(model, example)
+    calls = _Calls(model, example, refused)
     main = replace(calls.forward(), counted=calls.counted, first=calls.first, padding=calls.padding)
     if not model.can_generate():
         return [main]
@@ -86,11 +87,11 @@ def variants(model, example=None):
 class _Calls:
     """The calls of one transformers model. `output` is what a first call returns, as tensors without values."""
 
-    def __init__(self, model, example):
+    def __init__(self, model, example, refused=None):
         self.model, self.examples = model, Examples(model)
         names = find_labels(type(model))
         reasons = []
-        for self.inputs, self.notes in self.examples.candidates() if example is None else [(dict(example), ())]:
+        for self.inputs, self.notes in self.examples.candidates(refused) if example is None else [(dict(example), ())]:
             if example is not None and isinstance(self.inputs.get(model.main_input_name), torch.Tensor):
                 self.examples.sizes = sizes_like(self.examples.sizes, self.inputs[model.main_input_name])
             self.labels = {name: self.inputs.pop(name) for name in names if name in self.inputs}

@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from ..calls.inputs import MEDIA
 from ..calls.signature import sign
 from ..calls.variants import Variant, variants
 from ..errors import Refused
@@ -49,9 +50,20 @@ def capture(model, example=None, *, generation=True, stamp=True):
             "Load the model without a device map, or take them off first: accelerate.hooks.remove_hook_from_module(model, recurse=True)."
         )
     model = read_modules(model)
+    calls = variants(model, example)
+    try:
+        return _captured(model, calls[: None if generation else 1], stamp)
+    except Refused as reason:
+        if example is not None or "input_ids" not in calls[0].kwargs or not MEDIA.keys() & calls[0].kwargs.keys():
+            raise
+        calls = variants(model, refused=str(reason))  # the text alone, and a note why
+    return _captured(model, calls[: None if generation else 1], stamp)
+
+
+def _captured(model, calls, stamp):
     root = clone_tree(model)
     graphs, opaque, trees, captured, inner = [], {}, {}, [], {}
-    for variant in variants(model, example)[: None if generation else 1]:
+    for variant in calls:
         main = graphs[0] if graphs else None
         try:
             work = _Capture(model, root, variant, opaque, main, stamp)

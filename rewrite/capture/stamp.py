@@ -252,6 +252,8 @@ class Recording:
         tracer, first = self.tracer, self.given
         modules = {tracer.paths[old]: tracer.paths[new] for old, new in zip(first.module.modules(), given.module.modules())}
         tensors = _tensors(given.module)
+        methods = {path: path.rpartition(".") for path in (*self.called, *self.training_only) if path in tracer.opaque and path not in modules}
+        modules |= {path: f"{modules[owner]}.{name}" for path, (owner, _, name) in methods.items() if owner in modules}
         base = {path: tracer.calls[modules.get(path, path)] for path in self.calls}
         renamed = {old: tracer.tensors[id(tensors[name])] for old, name in self.tensors.items()}
         reads, made, fakes = {}, {}, {}
