@@ -1,4 +1,4 @@
-"""A noun's body, the paper's equation in plain torch, as ATen nodes: traced once per distinct shape, pasted at every site.
+"""A noun's body, the paper's equation in plain torch, as ATen nodes: traced once, or per distinct shape where it asks for one, pasted at every site.
 
     output(self, x, y, down, up)   --trace-->   a small graph with x, y, down, up as placeholders   --paste-->   nodes of the model's graph
 """
