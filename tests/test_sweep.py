@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from bench.agreement import agreement, differences, explained
+from bench.judged import accepts
 from bench.tables import write
+from bench.tiny import Architecture, tiny
 from rewrite.capture.model import capture
 from rewrite.roles.find import roles
 
@@ -52,3 +54,13 @@ def test_peft_tables_beside_roles(files):
     entry = {"targets": ["k_proj"], "roles": ["attention.k"], "differences": {"theirs alone: attention.k": None}}
     write([_record("OPT", "whole", peft={"lora": entry})], [], VERSIONS, RUN, *files)
     assert "1 rows, 1 differences, 1 unexplained" in files[2].read_text() and "**unexplained**" in files[2].read_text()
+
+
+@pytest.mark.parametrize("name, kind, more", [("SmolVLMForConditionalGeneration", "smolvlm", set()), ("Mistral3ForConditionalGeneration", "mistral3", {"image_sizes"})])
+def test_images_take_their_places_in_the_text(name, kind, more):
+    model, inputs, _ = tiny(Architecture(name, kind, ("image-text to text",)), accepts)
+    assert {"input_ids", "pixel_values", *more} <= inputs.keys() and inputs["pixel_values"].dim() == (4 if more else 5)
+    model(**inputs)
+    fewer = {key: value[:, :1] if key in ("input_ids", "attention_mask") else value for key, value in inputs.items()}
+    with pytest.raises((ValueError, RuntimeError)):
+        model(**fewer)

@@ -200,17 +200,32 @@ class Examples:
             token, encode = setting(self.config, f"{kind}_token_id", f"{kind}_token_index"), getattr(self.model, f"get_{kind}_features", None)
             if name not in whole or token is None or encode is None:
                 continue
-            try:
-                with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                    rows = _rows(encode(whole[name]))
-            except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError):
+            beside = self._beside(encode, whole[name])
+            for given in (whole[name], whole[name].unsqueeze(1)):  # some take a number of images for each row
+                try:
+                    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                        rows = _rows(encode(given, **beside))
+                    break
+                except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError):
+                    continue
+            else:
                 continue
+            whole = {**whole, name: given, **beside}
             places = torch.full((ids.shape[0], rows // ids.shape[0]), token, dtype=ids.dtype, device=ids.device)
             ids, found = torch.cat((ids[:, :1], places, ids[:, 1:]), 1), True
         if not found:
             return None
         masks = {"attention_mask": self.mask(ids.shape[1])} if "attention_mask" in whole else {}
         return {**whole, "input_ids": ids, **masks}
+
+    def _beside(self, encode, value):
+        """What an encoder asks for beside its images or its frames: the size of each image, a mask of the frames."""
+        asked = [name for name, p in inspect.signature(encode).parameters.items() if p.default is p.empty and name in self.parameters]
+        makers = {
+            "image_sizes": lambda: torch.tensor([value.shape[-2:]] * self.sizes.batch, device=self.device),
+            "input_features_mask": lambda: torch.ones(value.shape[0], value.shape[-1], dtype=torch.long, device=self.device),
+        }
+        return {name: makers[name]() for name in asked if name in makers}
 
     def inputs(self, without=()):
         """The main inputs by name: what the model needs, masks, and `decoder_input_ids`; no labels, no cache, nothing of `without`."""
