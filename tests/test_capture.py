@@ -435,7 +435,7 @@ def test_an_outermost_module_that_cannot_be_captured_is_refused():
 
 class Mode(nn.Module):
     def forward(self, x):
-        return x + 1 if self.training else x
+        return x + 1 if self.training else x * 2
 
 
 def test_a_difference_between_modes_that_is_no_argument_stays_a_call():
@@ -550,9 +550,15 @@ def test_equals_torch_exports_program(family):
 
 
 def test_an_encoder_that_stays_one_call_is_no_graph_of_its_own():
-    """Layers dropped at random make it opaque; a variant that consists of it would call itself."""
+    """What it decides by a value makes it opaque; a variant that consists of it would call itself."""
     model = build("bart").eval()
-    model.model.encoder.layerdrop = 0.1
+
+    class Deciding(type(model.model.encoder)):
+        def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, **kwargs):
+            result = super().forward(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+            return result if result[0].sum().item() < 1e9 else None
+
+    model.model.encoder.__class__ = Deciding
     graph = capture(model)
     assert "model.encoder" in graph.opaque
     assert "encoder" not in graph.variants
@@ -596,3 +602,32 @@ def test_what_is_asserted_of_values_is_asked_at_each_call(form):
 @pytest.mark.parametrize("form", ["or", "branch"])
 def test_what_only_looks_like_an_assert_is_not_taken_for_one(form):
     assert "between" in capture(Lengths(Asserting(form)).eval(), (torch.randn(2, 7, 8), torch.tensor([3, 7]))).opaque
+
+
+class Pooled(nn.Module):
+    """Asks for a value, so that it stays one call; `width` inputs make one frame."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.width = width
+
+    def forward(self, x):
+        kept = x[:, : x.shape[1] // self.width + 1]
+        return kept if x.sum().item() > 1e9 else kept + 1
+
+
+class Averaged(nn.Module):
+    """Reads its frames by number."""
+
+    def forward(self, x):
+        return x.mean(dim=1)
+
+
+@pytest.mark.parametrize("width", [50, 320])
+def test_a_size_that_moves_by_steps_is_not_frozen(width):
+    with pytest.raises(Refused, match="by steps"):  # 7 // width is that of 9 and of 10
+        capture(Stack(Pooled(width)).eval(), (torch.randn(2, 7, 8),))
+    inside = capture(Stack(nn.Sequential(Pooled(width), Averaged())).eval(), (torch.randn(2, 7, 8),))
+    assert "between" in inside.opaque
+    assert list(capture(Stack(Pooled(1)).eval(), (torch.randn(2, 7, 8),)).opaque) == ["between"]
+    assert torch.equal(make_live(inside)(x := torch.randn(2, 700, 8)), Stack(nn.Sequential(Pooled(width), Averaged())).eval()(x))

@@ -5,10 +5,11 @@
     %mixer = call_module[backbone.layers.0.mixer](%x)        (batch, length, 24)
 
 It is run at the sizes of the example, and again with each size a little larger: how its outputs grow gives their shapes as sums of
-symbols. Fake tensors do where the module never asks for a value; else small random ones. One that hands its very input on in eval mode
+symbols, and a run far off that none of them is frozen. Fake tensors do where the module never asks for a value; else small random ones. One that hands its very input on in eval mode
 (stochastic depth, masks drawn by numpy) does something in training alone.
 """
 
+import math
 import threading
 from itertools import chain
 
@@ -24,6 +25,8 @@ from .fakes import fake_tree
 
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_JUMPS = (641, 127, 31)  # beyond the steps by which sizes are learnt; frames of audio are 320 samples
+_MOST = 2**22  # elements of the inputs in a run with numbers at such a jump
 _LARGEST = 2**27  # elements that are made up for a module whose own tensors have no values
 
 
@@ -90,6 +93,8 @@ def _outputs(tracer, path, given, spec):
     for sums, value in zip(grown, check):
         if sums is not None and [int(size.subs(hints | larger)) for size in map(sympy.sympify, sums)] != list(value.shape):
             raise TypeError(f"{path} returns sizes that depend on more than sums of its inputs' sizes")
+    for symbol in symbols:
+        _require_still(path, symbol, hints, grown, _far(run, given, hints, symbol))
     described = []
     for value, sums in zip(first, grown):
         if sums is None and not isinstance(value, CONSTANTS):
@@ -98,6 +103,34 @@ def _outputs(tracer, path, given, spec):
             value = tuple(int(size) if size.is_Integer else sympy.expand(size) for size in sums), value.dtype, value.device
         described.append(value)
     return described, tree
+
+
+def _far(run, given, hints, symbol):
+    """(The symbol's size, what the module returns there) at the largest jump that it goes along with, None where it takes none."""
+    far = _runner(run.tracer, run.path, run.spec)
+    far.attempts = run.attempts[:1]
+    for jump in _JUMPS:
+        inputs = _sized(given, hints | {symbol: hints[symbol] + jump})
+        if run.attempts[0] is _numbers and sum(math.prod(value[0]) for value in inputs if isinstance(value, tuple)) > _MOST:
+            continue
+        try:
+            return hints[symbol] + jump, far(inputs)[0]
+        except Exception:  # longer than the module can take: what it raises then is its own
+            continue
+    return None
+
+
+def _require_still(path, symbol, hints, grown, far):
+    """Raise where a size is more, far off, than its sum says: one that few steps do not move (`length // 320`) would be frozen.
+
+    Less is what a table that ends gives (`positions[:length]`), for inputs that the model does not take.
+    """
+    if far is None:
+        return
+    for sums, value in zip(grown, far[1]):
+        for dim, size in enumerate(sums if sums is not None else ()):
+            if value.shape[dim] > size.subs(hints | {symbol: far[0]}):
+                raise TypeError(f"{path} returns a size that grows with {symbol} by steps; a single call's sizes are sums of its inputs'")
 
 
 def _symbols(value):
