@@ -145,7 +145,6 @@ def commit():
 def main():
     from .plain import entries as plain
     from .tables import write
-    from .tables import write
     from .tiny import TASKS, architectures
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

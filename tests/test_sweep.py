@@ -4,9 +4,10 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from bench.agreement import agreement, differences, explained
-from bench.judged import accepts
+from bench.judged import Judged, accepts
 from bench.tables import write
 from bench.tiny import Architecture, tiny
 from rewrite.capture.model import capture
@@ -64,3 +65,28 @@ def test_images_take_their_places_in_the_text(name, kind, more):
     fewer = {key: value[:, :1] if key in ("input_ids", "attention_mask") else value for key, value in inputs.items()}
     with pytest.raises((ValueError, RuntimeError)):
         model(**fewer)
+
+
+class _TrainingAlone(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise AssertionError("put the model into training mode")
+
+
+class _Halves(torch.nn.Module):
+    def __init__(self, behind):
+        super().__init__()
+        self.used, self.unused, self.behind = torch.nn.Linear(3, 5), torch.nn.Linear(3, 7), behind
+
+    def forward(self, x):
+        return self.behind(self.used(x))
+
+
+def test_what_the_original_goes_back_through_in_no_way_excuses_nothing():
+    inputs = {"x": torch.randn(2, 3)}
+    assert Judged(_Halves(torch.clone), None)._idle(inputs) == {"unused"}
+    assert Judged(_Halves(_TrainingAlone.apply), None)._idle(inputs) == set()
