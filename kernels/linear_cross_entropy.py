@@ -4,10 +4,10 @@
 
 Shapes: x (…, K), w (N, K), b (N) or None, labels (…) already shifted, items () the number that the sum is divided by; M tokens in all. The softmax
 and all sums are in float32 (float64 stays what it is), as transformers' loss has them.
-Bytes: the separate ops keep M·N float32 (log softmax) and x, and while they run hold M·N of the model's dtype and up to 2·M·N float32 beside it. Here tokens go
-in chunks whose logits take about as much room as x; the gradient of x is made while a chunk's logits are at hand and is all that backward
-keeps: M·K, and N·K more where w trains. To make the logits again in backward instead would keep x, as many bytes, and cost a fourth product. Where a
-compiler traces, an op cannot keep what it does not return: there they are made again.
+Bytes: the separate ops keep M·N float32 (log softmax), x too where w trains, and while they run hold M·N of the model's dtype and up to 2·M·N float32 beside
+it. Here tokens go in chunks whose logits take about as much room as x; the gradient of x is made while a chunk's logits are at hand and is all that
+backward keeps: M·K, and N·K more where w trains. To make the logits again in backward instead would keep x, as many bytes, and cost a product more. Where
+a compiler traces, an op cannot keep what it does not return: there they are made again.
 Where nothing but -100 is labelled the loss is 0/0 and the gradient 0, as in PyTorch.
 Hsu et al. 2024 (Liger Kernel), arXiv:2410.10989.
 """
@@ -149,6 +149,8 @@ def launch(x, w, b, labels, items, way=None, rows=None):
         with torch.autocast(kind, enabled=False):
             return launch(*(t if t is None else t.to(dtype) for t in (x, w, b)), labels, items, way, rows)
     x, labels = x.reshape(-1, x.shape[-1]), labels.reshape(-1)
+    if len(x) != len(labels):
+        raise ValueError(f"{len(x)} tokens and {len(labels)} labels: there must be a label for each.")
     if not torch.is_grad_enabled():
         return in_chunks(x, w, b, labels, way=way, rows=rows)[0] / items
     return _Loss.apply(x, w, b, labels, items, way, rows)

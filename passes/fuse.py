@@ -28,6 +28,10 @@
     -->
     y = grouped_lora(y, x, down, up, slot, mask, scale)              grouped_loras_2(y, x, down_0, …, scale_0, down_1, …) for two ranks
 
+    logits = linear(x, w, b) for a call with labels in training mode, with "logits": false
+    -->
+    loss = linear_cross_entropy(x, w, b, labels shifted, items)      no logits: the call gives the loss alone
+
 Nothing changes but the order of roundings: sums are made in one op, which keeps less for backward. What stays as it is, and why, is in the
 report. Put it last: other passes look for what it has replaced.
 """
@@ -38,6 +42,7 @@ import torch
 from rewrite.kernels.dora_linear import dora_linear
 from rewrite.kernels.gated_linear import ACTIVATIONS, gated_linear
 from rewrite.kernels.grouped_lora import grouped_lora, grouped_loras
+from rewrite.kernels.linear_cross_entropy import linear_cross_entropy
 from rewrite.kernels.linear_fp4 import linear_fp4
 from rewrite.kernels.linear_fp8 import linear_fp8
 from rewrite.kernels.linear_int4 import linear_int4
@@ -48,24 +53,29 @@ from rewrite.kernels.lora_dropout import lora_dropout
 from rewrite.kernels.lora_linears import lora_linears
 
 from rewrite.contract import Pass
+from rewrite.edit.loss import fuse_loss
 from rewrite.fuse import fuse
 
 
 @dataclass(frozen=True)
 class Fuse(Pass):
+    """logits: false, and a call with labels in training mode gives the loss alone, which a causal language model then makes without them."""
+
+    logits: bool = True
+
     drift = 1e-6
     example = {}
     shown_after = ({"pass": "lora", "where": "attention.{q,v}", "rank": 4},)
 
     def requires(self, graph):
-        if not any("made" in node.meta for part in graph.all() for node in part.nodes):
+        if self.logits and not any("made" in node.meta for part in graph.all() for node in part.nodes):
             return "no pass before it has added anything. Put it after the passes whose work is to be fused."
 
     def apply(self, edit, sites):
         coded = {node.target.made_by.name for node in edit.graph.nodes if hasattr(node.target, "made_by")}
         formats = [None, *(name.removeprefix("dequant_") for name in sorted(coded) if name.startswith("dequant_"))]
         called = {str(node.target).split(".")[1] for node in edit.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
-        return fuse(edit, ops(formats, [act for act in ACTIVATIONS if act.removesuffix("_tanh") in called]), together, in_turn)
+        return fuse(edit, ops(formats, [act for act in ACTIVATIONS if act.removesuffix("_tanh") in called]), together, in_turn, lambda: [] if self.logits else fuse_loss(edit, linear_cross_entropy))
 
 
 def together(ops):

@@ -19,12 +19,14 @@ from .training.backward import REGION
 ASKED = (g.dtype_of, torch.ops.aten.sym_size.int)
 
 
-def fuse(edit, ops, together=None, in_turn=None):
+def fuse(edit, ops, together=None, in_turn=None, beside=None):
     """Fuse a graph; `ops` are pairs of an op and a small tensor for each of its tensor arguments. Returns the sites, [(path, op)].
 
     together(ops): the one op that does the work of several that read the same first argument, which gives a tuple; None where there is none.
 
     in_turn(ops): the one op that does the work of several of which each adds to what the one before it gives, and reads the same second argument; or None.
+
+    beside(): fuses what is no occurrence in the graph, and gives its sites.
 
     What passes have made and no op covers goes to `edit.declined` with the reason. Raises Refused where there is nothing to fuse at all.
     """
@@ -64,10 +66,11 @@ def fuse(edit, ops, together=None, in_turn=None):
     edit.by_name = {node.name: node for node in graph.nodes}
     edit.restructured = True
     edit.declined += _left(graph, reasons)
-    if not sites and (edit.main or graph.is_inner):
+    others = [] if beside is None else beside()
+    if not sites and not others and (edit.main or graph.is_inner):
         shown = "\n".join(f"{path}: {reason}" for path, reason in edit.declined[:5])
         raise Refused(f"{edit.step.place}: {edit.kind}: nothing to fuse.\n{shown}\nLeave the pass out.")
-    return [(path, joined.get(node, node.target.made_by.name)) for path, node in sites]
+    return [*((path, joined.get(node, node.target.made_by.name)) for path, node in sites), *others]
 
 
 def _apart(occurrence):

@@ -83,7 +83,8 @@ class Graph:
     nothing. `notes` are fall-backs for the report. `variants` are the other graphs over the same root; one that `is_inner` is a leaf module inside
     an opaque one, captured on its own: a part of the model that no other graph shows; `around` are the model's blocks then, `part` is what the leaf
     is to a mixer ("in", "inner", "out"; "" where that is not known). `captured` is the graph before the passes, where one of
-    them may be done again. `front`: how many tokens passes have put before the model's own. `known`: what has been worked out of this
+    them may be done again. `front`: how many tokens passes have put before the model's own. `loss`: the op that
+    makes the loss of what the head reads, where one is to. `known`: what has been worked out of this
     capture, which all copies share: the code of passes as it was traced, what ops give for which shapes.
     """
 
@@ -106,6 +107,7 @@ class Graph:
     captured: "Graph | None" = None
     bare: "Graph | None" = None
     front: int = 0
+    loss: object = None
     known: dict = field(default_factory=dict, repr=False, compare=False)
 
     @property

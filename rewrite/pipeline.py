@@ -183,6 +183,8 @@ def _refuse_fused(step, graphs):
     if fused is not None and not step.options.unfuses and not (step.where == "model" and hasattr(step.options, "apply")):
         op = fused.target._schema.name.partition("::")[2]
         raise Refused(f"{step.place}: {step.method}: {op} stands where it would look for linears. Fuse last: leave fuse out before it, or put it behind.")
+    if graphs[0].loss is not None and not step.options.unfuses:
+        raise Refused(f"{step.place}: {step.method}: the head and its loss are one op, which it may change. Fuse last: leave fuse out before it, or put it behind.")
 
 
 def _refuse_derived(form):

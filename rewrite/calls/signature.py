@@ -16,6 +16,7 @@ import inspect
 from dataclasses import dataclass, replace
 
 import torch
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..errors import Refused
 from ..graph import attribute
@@ -189,6 +190,12 @@ class Signature:
                 entries[key] = entries[key].grown(name, added, symbol)
         return replace(self, entries=entries, added=tuple(dict.fromkeys((*self.added, name))))
 
+    def with_loss(self, logits):
+        """The same calls, and the one that gives its loss in the place of its logits, from labels."""
+        main = next(iter(self.entries.values()))
+        fields = tuple(("loss" if name == logits else name, *rest) for name, *rest in main.fields)
+        return replace(self, entries=self.entries | {"loss": replace(main, name="loss", fields=fields)})
+
     def parted(self, name, new):
         """The same calls, one of them under a new name too."""
         return replace(self, entries=self.entries | {new: replace(self.entries[name], name=new)})
@@ -246,6 +253,8 @@ class Signature:
                     slot.agree(values[place], sizes, what)
         for check in entry.checks:
             check.hold(sizes, entry.words, what)
+        if entry.name == "loss":
+            values += self._targets(given, values[0].device)
         return Call(entry.name, values, given, cache, watched)
 
     def _given(self, args, kwargs):
@@ -271,6 +280,8 @@ class Signature:
         main = next(iter(self.entries.values())) if labelled or "unlabelled" not in self.entries else self.entries["unlabelled"]
         if labelled and "whole" in self.entries:
             main = self.entries["whole"]
+        if labelled and "loss" in self.entries and _asks_for_the_loss_alone(live, given):
+            main = self.entries["loss"]
         if not self.caching:
             return self._apart(given, main)
         cache, wanted = given.get(CACHE), given.get("use_cache")
@@ -383,9 +394,9 @@ class Signature:
         if given.get("use_cache") is False and given.get(CACHE) is None:
             fields.pop(CACHE, None)
         keep = given.get("logits_to_keep")
-        if keep is not None and not (isinstance(keep, int) and keep == 0):
+        if _keeps_some(keep):
             fields["logits"] = self._kept(fields["logits"], keep)
-        if self.loss is not None and labelled:
+        if self.loss is not None and labelled and call.name != "loss":
             fields["loss"] = self._lose(live, given, fields)
         if call.name == "whole":
             fields.update({name: fields[name][:, self.front :] for name in self.cut})
@@ -400,8 +411,7 @@ class Signature:
 
     def _lose(self, live, given, fields):
         """The loss as the model itself comes to it, with what the caller adds (`num_items_in_batch`)."""
-        if self.front and self.cut:
-            given = given | {name: torch.cat([given[name].new_full((given[name].shape[0], self.front), -100), given[name]], 1) for name in (*self.labels, "shift_labels") if given.get(name) is not None}
+        given = self._in_front(given)
         places = {"output": fields, "label": given}
 
         def read(reference):
@@ -411,6 +421,22 @@ class Signature:
         extra = {name: given[name] for name in LOSS_ARGUMENTS if given.get(name) is not None}
         named = {name: read(reference) for name, reference in self.loss.kwargs}
         return live.loss_function(*[read(reference) for reference in self.loss.args], **named, **extra)
+
+    def _in_front(self, given):
+        """The arguments with labels that count nothing for the tokens in front."""
+        if not (self.front and self.cut):
+            return given
+        unlabelled = lambda labels: labels.new_full((labels.shape[0], self.front), -100)  # noqa: E731
+        return given | {name: torch.cat([unlabelled(given[name]), given[name]], 1) for name in (*self.labels, "shift_labels") if given.get(name) is not None}
+
+    def _targets(self, given, device):
+        """What each token is to say, and the number that the sum of losses is divided by: as the loss of causal language models has them."""
+        given = self._in_front(given)
+        targets, items = given.get("shift_labels"), given.get("num_items_in_batch")
+        if targets is None:
+            targets = torch.nn.functional.pad(given["labels"], (0, 1), value=-100)[..., 1:]
+        targets = targets.to(device)
+        return targets, (targets != -100).sum() if items is None else torch.as_tensor(items, device=device)
 
     def _kept(self, logits, keep):
         if isinstance(keep, int):
@@ -436,6 +462,17 @@ def sign(model, main, variants, trees):
 
 def _count(tree):
     return 1 if tree.kind == "tensor" else sum(_count(child) for child in tree.children)
+
+
+def _asks_for_the_loss_alone(live, given):
+    """In training mode nobody asks for logits but by `logits_to_keep`; and the loss must still be what the op makes."""
+    if not live.training or given.get("labels") is None or given.get("ignore_index", -100) != -100:
+        return False
+    return not _keeps_some(given.get("logits_to_keep")) and live.loss_function is ForCausalLMLoss
+
+
+def _keeps_some(keep):
+    return keep is not None and not (isinstance(keep, int) and keep == 0)
 
 
 def _handed(tree):

@@ -16,6 +16,7 @@ from functools import lru_cache
 
 from torch import nn
 
+from ..edit.loss import with_loss
 from ..edit.prompts import whole
 from ..errors import Refused
 from ..graph import attribute
@@ -51,6 +52,8 @@ def make_live(graph):
         printed.append(plain)
     if (full := whole(graph)) is not None:
         printed.append(full)
+    if (lossy := with_loss(graph)) is not None:
+        printed.append(lossy)
     cuts = {variant.name: outline(variant) for variant in printed}
     coupled = {name: chains(cut) for name, cut in cuts.items()}
     written = {}  # form of a block -> its source: most blocks of a model are alike
