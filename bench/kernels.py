@@ -12,6 +12,7 @@ What could not run here is listed with the reason. Where the minutes are used up
 """
 
 import argparse
+import functools
 import importlib.util
 import itertools
 import json
@@ -32,6 +33,7 @@ from rewrite.kernels import chips, dequant_int4, dequant_int8, dequant_mxfp4, de
 from rewrite.kernels import dora_linear as dora_linears  # noqa: E402
 from rewrite.kernels import gated_linear as gated  # noqa: E402
 from rewrite.kernels import grouped_lora as grouped  # noqa: E402
+from rewrite.kernels import linear_cross_entropy as head  # noqa: E402
 from rewrite.kernels import linear_int4 as int4  # noqa: E402
 from rewrite.kernels import linear_int8 as int8  # noqa: E402
 from rewrite.kernels import linear_mxfp4 as mxfp4  # noqa: E402
@@ -43,6 +45,7 @@ from torch.nn import functional as F  # noqa: E402
 
 K = 2.0  # an error may be K times that of the plain ops in the same dtype
 OTHERS = ("float weight", "LoRA")  # ways to another result, which is not compared
+ASKING = ("Liger",)  # ways that ask the device for a number while they run, which no CUDA graph can hold: launched one by one
 CHECKED = 64  # rows of a result that are compared with float64
 SHAPES = {"7B": ((4096, 4096), (11008, 4096), (4096, 11008)), "70B": ((8192, 8192), (28672, 8192), (8192, 28672)), "small": ((512, 512), (1376, 512))}
 dora = dora_linears.dora_linear()
@@ -199,6 +202,39 @@ def gated_mlp(device, dtype):
         yield Row("gated_mlp", f"{m} × ({k}, {inner}), rank 16", make, size * (6 * inner * k + m * (2 * k + 8 * inner)), 12 * m * inner * k, True)
 
 
+def linear_cross_entropy(device, dtype):
+    """A step of a frozen head with its loss, from what it reads; a tenth of the tokens has no label. Kept: beside x and w."""
+    shapes = ((32000, 4096), (128256, 8192)) if device.type == "cuda" else ((4000, 512),)
+    missing = {} if _runs_liger(device) else {"Liger": "not installed, or no GPU"}
+    for (n, k), m in itertools.product(shapes, (1024, 4096, 16384) if device.type == "cuda" else (256, 1024)):
+        def make(new, n=n, k=k, m=m):
+            x, w, labels = new(m, k).requires_grad_(), new(n, k) * k**-0.5, torch.arange(m, device=device) * 7919 % n
+            labels[::10] = head.IGNORED
+            given = (x, w, None, labels, (labels != head.IGNORED).sum())
+            ways = {"plain ops": Way(lambda: head.reference(*given)[None], (x,)), "linear_cross_entropy": Way(lambda: head.launch(*given)[None], (x,))}
+            if _runs_liger(device):
+                ways["Liger"] = _liger(*given)
+            exact = x.detach().double(), w.double(), None, *given[3:]
+            return ways, lambda: head.launch(*exact)[None]
+
+        size = torch.finfo(dtype).bits // 8
+        yield Row("linear_cross_entropy", f"{m} × ({n} × {k})", make, size * (2 * n * k + 2 * m * k), 4 * m * n * k, True, missing)
+
+
+def _runs_liger(device):
+    return device.type == "cuda" and bool(_installed("liger_kernel", "liger-kernel"))
+
+
+def _liger(x, w, b, labels, items):
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Loss
+
+    def run():
+        found = Loss.apply(x, w, labels, b, None, head.IGNORED, 0.0, 0.0, "sum")
+        return ((found[0] if isinstance(found, tuple) else found) / items)[None]
+
+    return Way(run, (x,))
+
+
 def linear_int8(device, dtype):
     yield from _coded(device, dtype, int8.linear_int8, 8, dequant_int8.quantize)
 
@@ -305,15 +341,15 @@ def grouped_loras(device, dtype):
 
 
 #: an op's author adds a function here
-OPS = (lora_linear, dora_linear, gated_mlp, linear_int8, linear_int4, linear_nf4, linear_mxfp4, grouped_lora, grouped_loras)
+OPS = (lora_linear, dora_linear, gated_mlp, linear_cross_entropy, linear_int8, linear_int4, linear_nf4, linear_mxfp4, grouped_lora, grouped_loras)
 
 
 # ---- measuring -----------------------------------------------------------------------------------------------------------
 
 
-def _installed(name):
+def _installed(name, distribution=None):
     try:
-        return version(name) if importlib.util.find_spec(name) else None
+        return version(distribution or name) if importlib.util.find_spec(name) else None
     except PackageNotFoundError:
         return None
 
@@ -329,8 +365,10 @@ def ceilings(device, dtype):
 
 def clock(functions, device, rounds):
     """Seconds of one call of each way: the median of interleaved rounds; {way: functions, one for each set of inputs}."""
-    start = replayed if device.type == "cuda" else (lambda runs: lambda: _host(runs))
-    measured = {name: start(runs) for name, runs in functions.items()}
+    if device.type == "cuda":
+        measured = {name: (launched if name in ASKING else replayed)(runs) for name, runs in functions.items()}
+    else:
+        measured = {name: functools.partial(_host, runs) for name, runs in functions.items()}
     times = {name: [] for name in functions}
     for _ in range(rounds + 1):
         for name, measure in measured.items():
@@ -358,16 +396,21 @@ def replayed(runs):
     with torch.cuda.graph(graph):
         for run in runs:
             run()
+    return functools.partial(_on_device, graph.replay)
 
-    def measure():
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        first.record()
-        graph.replay()
-        last.record()
-        last.synchronize()
-        return first.elapsed_time(last) / 1e3
 
-    return measure
+def launched(runs):
+    """The same for what no CUDA graph can hold, launched one by one."""
+    return functools.partial(_on_device, lambda: [run() for run in runs])
+
+
+def _on_device(run):
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    first.record()
+    run()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1e3
 
 
 def error(reference, result):
