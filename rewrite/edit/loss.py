@@ -23,7 +23,7 @@ def fuse_loss(edit, op):
     if not edit.main:
         return []
     head = _head(graph)
-    path = LOGITS if head is None else g.path_of(head)
+    path = LOGITS if head is None else g.path_of(head) or LOGITS
     reason = _reason(graph, head, edit.report)
     if reason is not None:
         edit.declined.append((path, f"the loss stays as it is: {reason}"))
