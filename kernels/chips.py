@@ -1,30 +1,49 @@
-"""What was measured on a chip, by its name: up to how many rows a product with codes is faster than making the weight and multiplying.
+"""What is known of a chip, by its name: a file of `tuned/` for each, that `python bench/kernels.py --tune` writes.
 
-`python bench/kernels.py --only linear_int8,linear_int4,linear_nf4` prints what belongs here. A CPU goes by what PyTorch finds on it; one that is not
-known makes the weight first. Nothing has been measured on a GPU yet: "cuda", which stands for every GPU without an entry, is what counting bytes
-says of a product that reads nothing but codes, halved twice to be on the safe side.
+    few_rows    op → up to how many rows a product with codes is faster than making the weight and multiplying, and how that is known: measured or counted
+    configs     kernel → tiles that were measured to be the fastest; for lora_linear, faster than two products of the library, without which those run
+
+A CPU goes by what PyTorch finds on it; one without a file makes the weight first. A GPU without one goes by that of "cuda", and by the tiles that a
+kernel itself has, which every chip from sm_80 on holds.
 """
 
 import functools
+import json
+from pathlib import Path
 
 import torch
 
-FEW_ROWS = {
-    "cuda": {"linear_int8": 4, "linear_int4": 8, "linear_nf4": 8, "linear_fp4": 8, "linear_mxfp4": 8, "linear_fp8": 4},
-    "AVX512 BF16": {"linear_int8": 16, "linear_int4": 256, "linear_nf4": 128, "linear_fp4": 128, "linear_mxfp4": 64},  # AMD EPYC, one thread, torch 2.13, 1024 × 1024
-    "cpu": {},  # of an unknown kind
-}
+FOLDER = Path(__file__).with_name("tuned")
+
+
+@functools.cache
+def tuned():
+    """Chip → what its file has."""
+    found = (json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json")))
+    return {each["chip"]: each for each in found}
+
+
+def name(device):
+    """What a file says that it is of."""
+    if device.type == "cpu":
+        return f"{torch.backends.cpu.get_cpu_capability()} {'BF16' if torch.cpu._is_avx512_bf16_supported() else ''}".strip()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 @functools.cache
 def chip(device):
-    if device.type == "cpu":
-        kind = f"{torch.backends.cpu.get_cpu_capability()} {'BF16' if torch.cpu._is_avx512_bf16_supported() else ''}".strip()
-        return kind if kind in FEW_ROWS else "cpu"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return name if name in FEW_ROWS else "cuda" if device.type == "cuda" else "cpu"
+    """The name under which a device has a file: its own, or that of its kind."""
+    own = name(device)
+    return own if own in tuned() else "cuda" if device.type == "cuda" else "cpu"
 
 
+@functools.cache
 def few_rows(op, device):
     """Up to how many rows `op` takes codes as they are on a device."""
-    return FEW_ROWS[chip(device)].get(op, 0)
+    return tuned().get(chip(device), {}).get("few_rows", {}).get(op, {}).get("most", 0)
+
+
+@functools.cache
+def config(kernel, device):
+    """The tiles measured for a kernel on a device, or None."""
+    return tuned().get(chip(device), {}).get("configs", {}).get(kernel)

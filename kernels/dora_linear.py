@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from rewrite.kernels import dora_norm as norm
 from rewrite.kernels.lora_linear import gradients
-from rewrite.kernels.lora_linears import Coded
+from rewrite.kernels.lora_linears import over_codes
 from rewrite.kernels.op import Op
 from rewrite.kernels.rounding import by_hand, rounded
 
@@ -110,6 +110,7 @@ def _made(format):
     if over is not None:
         named = [p for p in inspect.signature(over.reference, eval_str=True).parameters.values() if p.annotation is not torch.dtype]
     width, norms = len(named), norm.numbers if over is None else norm.Norms(over.launch)
+    product = None if over is None else over_codes(format)
     weight = (lambda dtype, w: w) if over is None else lambda dtype, *codes: over(*codes, dtype)
 
     def reference(x, *given):
@@ -121,7 +122,7 @@ def _made(format):
         """The second equation, for a compiler: the norm is one node."""
         w, (b, down, up, magnitude, scale) = weight(x.dtype, *given[:width]), given[width:]
         gain = (magnitude.view(-1) / norm.dora_norm(w, down, up, scale)).to(x.dtype)
-        y = (F.linear(x, w) + scale * F.linear(F.linear(x, down), up)) * gain
+        y = ((F.linear(x, w) if over is None else product.launch(x, *given[:width], None)) + scale * F.linear(F.linear(x, down), up)) * gain
         return y if b is None else y + b
 
     def launch(x, *given, way=None):
@@ -139,7 +140,7 @@ def _made(format):
             with torch.autocast(kind, enabled=False):
                 return multiplied(x, stored, b, down, up, gain, scale, way)
         rows = x.reshape(-1, x.shape[-1])
-        z = F.linear(rows, *stored) if over is None else Coded.apply(rows, functools.partial(over.launch, *stored, x.dtype), None)
+        z = F.linear(rows, *stored) if over is None else product.launch(rows, *stored, None)
         z = z.addmm_(torch.mm(rows, down.t()), up.t(), alpha=scale)
         return _scaled(z, gain, b, way).view(*x.shape[:-1], len(up))
 

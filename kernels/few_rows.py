@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from rewrite.kernels import chips
 from rewrite.kernels.dequant_mxfp4 import number as e2m1
 from rewrite.kernels.dequant_mxfp4 import power
 from rewrite.kernels.rounding import by_hand, rounded
@@ -125,7 +126,7 @@ def product(x, codes, scales, b, out_dim, format, extra=None, table=None, levels
     out = torch.empty(*x.shape[:-1], out_dim, device=x.device, dtype=x.dtype)
     if not out.numel():
         return out
-    config, double = config or CONFIG, format == "table" and scales.dtype == torch.uint8
+    config, double = config or chips.config("few_rows", x.device) or CONFIG, format == "table" and scales.dtype == torch.uint8
     group = length if groups == 1 else 128 if tall > 1 else length // groups
     tallest, widest = MOST[x.element_size()]
     step = step_of(group, length, widest)

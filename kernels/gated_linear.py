@@ -194,6 +194,14 @@ def _made(act, count, format):
         w = given[0] if over is None else functools.partial(over.launch, *given[:width], e.dtype)
         return _Gated.apply(e, g, w, given[width], *_one(given[width + 1 :]), act, way or _way(e))
 
+    def registered(e, g, *given):
+        """What the registered op runs, below which nobody asks for gradients."""
+        if e.shape != g.shape or e.dtype != g.dtype:
+            return reference(e, g, *given)
+        w = given[0] if over is None else over.launch(*given[:width], e.dtype)
+        with torch.no_grad():
+            return _Gated.apply(e, g, w, given[width], *_one(given[width + 1 :]), act, _way(e))
+
     def keep(ctx, inputs, output):
         ctx.save_for_backward(*(a for a in inputs if isinstance(a, torch.Tensor)))
         ctx.rest = tuple(None if isinstance(a, torch.Tensor) else (a,) for a in inputs)
@@ -228,6 +236,7 @@ def _made(act, count, format):
     op.format = format
     if over is not None:
         op.over, op.uncoded = over, gated_linear(act, count)
+    op.definition.register_kernel(("cpu", "cuda"))(registered)
     return op.differentiates(keep, backward)
 
 

@@ -20,7 +20,7 @@ import inspect
 import torch
 from torch.nn import functional as F
 
-from rewrite.kernels.lora_linears import Coded, lora_linears
+from rewrite.kernels.lora_linears import lora_linears, over_codes
 from rewrite.kernels.op import Op
 
 
@@ -59,7 +59,7 @@ def _made(format):
     plain, named = lora_linears((1,), format), [("w", torch.Tensor)]
     if over is not None:
         named = [(p.name, p.annotation) for p in inspect.signature(over.reference, eval_str=True).parameters.values() if p.annotation is not torch.dtype]
-    width = len(named)
+    width, product = len(named), None if over is None else over_codes(format)
 
     def reference(x, *given):
         w, (b, down, up, scale, p, training) = given[0] if over is None else over(*given[:width], x.dtype), given[width:]
@@ -79,7 +79,7 @@ def _made(format):
                 return launch(cast(x), *map(cast, given))
         stored, (b, down, up, scale) = given[:width], given[width:-2]
         rows, seed = x.reshape(-1, x.shape[-1]), int(torch.randint(2**63 - 1, ()))
-        y = F.linear(rows, *stored, b) if over is None else Coded.apply(rows, functools.partial(over.launch, *stored, x.dtype), b)
+        y = F.linear(rows, *stored, b) if over is None else product.launch(rows, *stored, b)
         return y.addmm_(Shrunk.apply(rows, down, p, seed), up.t(), alpha=scale).view(*x.shape[:-1], len(up))
 
     asked = [("x", torch.Tensor), *named, ("b", torch.Tensor | None), ("down", torch.Tensor), ("up", torch.Tensor), ("scale", float), ("p", float), ("training", bool)]

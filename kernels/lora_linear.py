@@ -12,20 +12,21 @@ all that such an op costs beside its products (4 rows of 64, rank 16, forward an
 separate ops 43, an autograd function of our own 57). The function is for the Triton body.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch.nn import functional as F
 
+from rewrite.kernels import chips
 from rewrite.kernels.op import Op
 
-#: tiles that every chip from sm_80 on holds (float32 at rank 64 spills in the wider one); what was tuned on a chip goes beside them, by its name
+#: tiles that every chip from sm_80 on holds (float32 at rank 64 spills in the wider one); what was tuned on a chip is in its file (`chips`)
 CONFIGS = {
     "default": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
     "float32": {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
 }
-#: chips on which the Triton body was measured to be faster than two products of cuBLAS: none has been measured yet
-MEASURED = frozenset()
 
 
 def reference(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
@@ -132,17 +133,16 @@ def gradients(g, x, h, w, down, up, scale, needs, product=plain_product):
 
 
 def launch(x, w, b, down, up, scale, product=None):
-    if torch.compiler.is_compiling():  # what is exported must be readable without us, and on a CPU the compiler fuses better
-        given = x, w, b, down, up, scale
-        return reference(*given) if torch.compiler.is_exporting() else lora_linear.overload(*given) if x.is_cuda else traced(*given)
+    if torch.compiler.is_compiling():  # what is exported must be readable without us; a registered op could not keep x down', which a compiler does by itself
+        return (reference if torch.compiler.is_exporting() else traced)(x, w, b, down, up, scale)
     kind = x.device.type
     if torch.is_autocast_enabled(kind):  # each operand is cast once, for all products that read it
         dtype = torch.get_autocast_dtype(kind)
         x, w, b, down, up = (t if t is None else t.to(dtype) for t in (x, w, b, down, up))
         with torch.autocast(kind, enabled=False):
             return launch(x, w, b, down, up, scale, product)
-    if product is None and x.is_cuda and len(down) <= 64 and torch.cuda.get_device_name(x.device) in MEASURED:
-        product = fused_product
+    if product is None and x.is_cuda and x.element_size() == 2 and len(down) <= 64 and (config := chips.config("lora_linear", x.device)):
+        product = functools.partial(fused_product, config=config)
     if product is not None:
         return _LoRALinear.apply(x, w, b, down, up, scale, product)
     rows = x.reshape(-1, x.shape[-1])

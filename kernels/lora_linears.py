@@ -10,7 +10,7 @@ elements: x is read once, M·K, where n adapters by themselves read it n times; 
 Launches of q, k and v, forward and backward, x and the adapters training: separate ops 15 + 23, lora_linear each 9 + 26, this 8 + 21. There is no Triton body:
 a tile that adds the low-rank part before it is stored would save one launch for each linear and one reading and writing of y, which at K = 4096 is a twelfth
 of the product's own time on an H200 by its data sheet (bfloat16, 4.8 TB/s, 0.8 PFLOP/s reached), so that its product may be that much slower than cuBLAS's and no more;
-where one is measured to be (`MEASURED` of lora_linear), that body is the one to call for each linear.
+where one is measured to be (`chips`), that body is the one to call for each linear.
 """
 
 import functools
@@ -24,19 +24,9 @@ from rewrite.kernels.lora_linear import gradients, lora_linear
 from rewrite.kernels.op import Op
 
 
-class Coded(torch.autograd.Function):
-    """A linear over a weight that is made when it is read, in forward and again in backward; it does not train."""
-
-    @staticmethod
-    def forward(ctx, rows, read, b):
-        ctx.read = read
-        return F.linear(rows, read(), b)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        dx = torch.mm(grad, ctx.read()) if ctx.needs_input_grad[0] else None
-        return dx, None, grad.sum(0) if ctx.needs_input_grad[2] else None
+def over_codes(format):
+    """The product with a weight in codes, few rows with codes as they are: it keeps no float copy, neither in eager mode nor where a compiler chooses what is kept."""
+    return getattr(importlib.import_module(f"rewrite.kernels.linear_{format}"), f"linear_{format}")
 
 
 def _run(x, linears):
@@ -46,7 +36,7 @@ def _run(x, linears):
     parts = iter([torch.mm(rows, downs[0].t())] if len(downs) == 1 else torch.mm(rows, torch.cat(downs).t()).split([len(down) for down in downs], 1))
     found = []
     for w, b, adapters in linears:
-        y = Coded.apply(rows, w, b) if callable(w) else F.linear(rows, w, b)
+        y = w(rows, b) if callable(w) else F.linear(rows, w, b)
         for _, up, scale in adapters:
             y.addmm_(next(parts), up.t(), alpha=scale)
         found.append(y.view(*x.shape[:-1], y.shape[1]))
@@ -66,7 +56,7 @@ def _made(counts, format):
     named = [inspect.Parameter("w", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=torch.Tensor)]
     if over is not None:
         named = [p for p in inspect.signature(over.reference, eval_str=True).parameters.values() if p.annotation is not torch.dtype]
-    width = len(named)
+    width, product = len(named), None if over is None else over_codes(format)
 
     def read(given, weight):
         """[(w, b, [(down, up, scale), …])] of the arguments behind x; `weight` makes w of what stands for it."""
@@ -90,11 +80,11 @@ def _made(counts, format):
 
     def traced(x, *given):
         """As lora_linear has it, with one shrink."""
-        linears = read(given, (lambda w: w) if over is None else lambda *codes: over(*codes, x.dtype))
+        linears = read(given, (lambda w: w) if over is None else lambda *codes: codes)
         downs, found = [down for _, _, adapters in linears for down, _, _ in adapters], []
         parts = iter(F.linear(x, torch.cat(downs)).split([len(down) for down in downs], -1))
         for w, b, adapters in linears:
-            y = F.linear(x, w, b)
+            y = F.linear(x, w, b) if over is None else product.launch(x, *w, b)
             for _, up, scale in adapters:
                 y = y + F.linear(scale * next(parts), up)
             found.append(y)
@@ -113,14 +103,14 @@ def _made(counts, format):
 
     def launch(x, *given):
         if torch.compiler.is_compiling():  # as lora_linear has it
-            return reference(x, *given) if torch.compiler.is_exporting() else op.overload(x, *given) if x.is_cuda else traced(x, *given)
+            return (reference if torch.compiler.is_exporting() else traced)(x, *given)
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
             cast = lambda t: t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t  # noqa: E731
             with torch.autocast(kind, enabled=False):
                 return launch(cast(x), *map(cast, given))
-        weight = (lambda w: w) if over is None else lambda *codes: functools.partial(over.launch, *codes, x.dtype)
+        weight = (lambda w: w) if over is None else lambda *codes: lambda rows, b: product.launch(rows, *codes, b)
         found = _run(x, read(given, weight))
         return found[0] if len(found) == 1 else tuple(found)
 

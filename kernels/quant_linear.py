@@ -3,7 +3,7 @@
     y = x dequant(codes, …)' + b
 
 Few rows, as in decoding, are multiplied with the codes as they are: by `few_rows` on a GPU, by PyTorch's own products on a CPU. More rows, or what those
-do not take, make the weight first; `reason` says why. Up to how many rows: `chips`, where it was measured.
+do not take, make the weight first; `reason` says why. Up to how many rows: `chips`.
 Backward makes the weight once more where it needs it, so that nothing is kept but codes, where the plain ops keep the weight that they have made.
 """
 
@@ -45,13 +45,16 @@ class QuantLinear(Op):
     def run(self, x, *given):
         """What `launch` of each format does."""
         *codes, b = given
-        if torch.compiler.is_compiling() or isinstance(x, FakeTensor):  # what is exported must be readable without us
-            return self.reference(x, *given) if torch.compiler.is_exporting() or isinstance(x, FakeTensor) else self.overload(x, *given)
+        compiling = torch.compiler.is_compiling()
+        if torch.compiler.is_exporting() or (isinstance(x, FakeTensor) and not compiling):  # what is exported must be readable without us
+            return self.reference(x, *given)
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
             with torch.autocast(kind, enabled=False):
                 return self.run(x.to(dtype), *codes, b if b is None else b.to(dtype))
+        if compiling:
+            return self.overload(x, *given)
         if torch.is_grad_enabled() and (x.requires_grad or (b is not None and b.requires_grad)):
             return _Linear.apply(x, b, self, codes)
         return self.forward(x, *given)

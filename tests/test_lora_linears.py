@@ -196,3 +196,19 @@ def test_compiles_as_one_node():
 
     found = torch.compile(op.overload, backend=backend, fullgraph=True)(*cast(arguments, torch.float32))
     assert op.overload in seen and error(op.reference(*cast(arguments, torch.float64)), found) < 1e-5
+
+
+def test_a_compiler_keeps_what_is_shrunk_and_no_float_copy_of_codes():
+    op, arguments, grads = made("nf4")
+    n, k, rank, m = OUTS[0], 64, RANKS[0], 6
+
+    def kept(function):
+        torch._dynamo.reset()
+        given, found = [a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in cast(arguments, torch.float32)], []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: found.append(tuple(t.shape)) or t, lambda t: t):
+            torch.compile(function, backend="aot_eager_decomp_partition")(*given).backward(grads[0].float())
+        return found
+
+    plain, ours = kept(op.reference), kept(op.launch)
+    assert any(set(shape) == {n, k} for shape in plain) and not any(set(shape) == {n, k} for shape in ours)
+    assert (m, rank) in ours
