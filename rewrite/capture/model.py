@@ -16,7 +16,6 @@ import torch
 from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from ..calls.added import batch_of
 from ..calls.inputs import MEDIA
 from ..calls.signature import sign
 from ..calls.variants import Variant, variants
@@ -52,17 +51,12 @@ def capture(model, example=None, *, generation=True, stamp=True):
         )
     model = read_modules(model)
     calls = variants(model, example)
-    chosen = example is None and "input_ids" in calls[0].kwargs and bool(MEDIA.keys() & calls[0].kwargs.keys())  # images (or audio) by our choice
     try:
-        graph = _captured(model, calls[: None if generation else 1], stamp)
-        if not chosen or batch_of(graph) is not None:
-            return graph
-        reason = "the batch would be one number with them."
-    except Refused as error:
-        if not chosen:
+        return _captured(model, calls[: None if generation else 1], stamp)
+    except Refused as reason:
+        if example is not None or "input_ids" not in calls[0].kwargs or not MEDIA.keys() & calls[0].kwargs.keys():
             raise
-        reason = str(error)
-    calls = variants(model, refused=reason)  # the text alone, and a note why
+        calls = variants(model, refused=str(reason))  # the text alone, and a note why
     return _captured(model, calls[: None if generation else 1], stamp)
 
 
