@@ -456,13 +456,25 @@ def test_a_check_names_the_value_that_violates_it():
     assert found.formula.of({found.formula.symbols[0]: 64}) and not found.formula.of({found.formula.symbols[0]: 65})
 
 
+class Points(T.PreTrainedModel):
+    config_class, main_input_name = T.BertConfig, "point_cloud"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.mix = nn.Linear(3, 4)
+        self.post_init()
+
+    def forward(self, point_cloud):
+        return self.mix(point_cloud)
+
+
 def test_an_example_that_cannot_be_made_or_taken_is_refused():
     with pytest.raises(Refused, match="hand over an example of its inputs"):
         variants(nn.Linear(3, 4))
     with pytest.raises(Refused, match="does not accept the example given"):
         variants(models.build("bert"), {"input_ids": torch.randn(2, 7)})
-    with pytest.raises(Refused, match="no example for 'input_values' can be made|no example for input_features"):
-        variants(T.Wav2Vec2BertModel(T.Wav2Vec2BertConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=4, intermediate_size=56)))
+    with pytest.raises(Refused, match="no example for 'point_cloud' can be made"):
+        variants(Points(T.BertConfig()))
 
 
 # ---- modules that are no transformers models
