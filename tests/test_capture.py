@@ -319,8 +319,22 @@ class LayerDrop(nn.Module):
         return x
 
 
-def test_a_layer_left_out_by_a_draw(tmp_path):
-    model = Stack(LayerDrop()).eval()
+class AskedTwice(LayerDrop):
+    """As decoders write it."""
+
+    def forward(self, x):
+        for layer in self.layers:
+            skipped = self.training and torch.rand([]) < 0.5
+            if not skipped:
+                x = layer(x)
+            if skipped:
+                continue
+        return x
+
+
+@pytest.mark.parametrize("kind", [LayerDrop, AskedTwice])
+def test_a_layer_left_out_by_a_draw(tmp_path, kind):
+    model = Stack(kind()).eval()
     graph = capture(model, (torch.randn(2, 7, 8),))
     assert not graph.opaque and [n.target.__name__ for n in graph.nodes if n.target in (drops, unless)] == ["drops", "unless"] * 3
     assert {site.path for site in everywhere(graph)["residual"]} == {f"between.layers.{i}" for i in range(3)}

@@ -307,7 +307,8 @@ class Tracer(PythonKeyTracer):
             node = node.args[0] if isinstance(node.args[0], fx.Node) else None
         if chain[-1].args[0] != [] or not isinstance(chain[2].args[1], float):
             return False
-        self.drawn.append((chain, chain[2].args[1]))
+        again = any(chain[-1] is known[-1] for known, _ in self.drawn)  # asked twice of one draw (a layer is left out, and so is what follows it)
+        self.drawn.append((chain, None if again else chain[2].args[1]))
         return True
 
     def keep_assert(self, asked, held, place):
@@ -327,9 +328,10 @@ class Tracer(PythonKeyTracer):
     def write_drops(self, graph):
         """Each draw that was met becomes one node."""
         for chain, probability in self.drawn:
-            with graph.inserting_before(chain[0]):
-                made = graph.call_function(drops, (True, probability))
-            made.meta = dict(chain[0].meta) | {"val": False}
+            if probability is not None:
+                with graph.inserting_before(chain[0]):
+                    made = graph.call_function(drops, (True, probability))
+                made.meta = dict(chain[0].meta) | {"val": False}
             for node in chain:
                 if not node.users:
                     graph.erase_node(node)
