@@ -34,7 +34,8 @@ def fuse(edit, ops, together=None, in_turn=None, beside=None):
     known = edit.memo.setdefault(("patterns", edit.step.place), {})
     for op, values in ops:
         if op not in known:
-            known[op] = patterns(op, values)
+            with torch.random.fork_rng(devices=()):  # a reference may draw; the user's generator stands still
+                known[op] = patterns(op, values)
     found, reasons = occurrences(graph.fx, [p for op, _ in ops for p in known[op]])
     found = [o for o in found if any("made" in n.meta for n in (o.root, *o.inner, *o.args) if isinstance(n, fx.Node))]  # the model's own ops are its own
     sites, fused = [], {}
