@@ -15,9 +15,10 @@ from models import FAMILIES, build, captured, example
 from torch import nn
 
 from rewrite.capture.model import capture
+from rewrite.emit.form import block_form
 from rewrite.emit.live import make_live, source
 from rewrite.emit.outline import Piece, outline
-from rewrite.emit.source import block_form, block_source
+from rewrite.emit.source import block_source
 from rewrite.errors import Refused
 from rewrite.graph import attribute, install
 

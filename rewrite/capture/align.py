@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from ..graph import drops, expression
-from .tidy import has_effect, is_size, named_arguments  # noqa: F401
+from .tidy import is_size, named_arguments
 
 aten = torch.ops.aten
 _LAYOUT = aten.contiguous.default  # not even asked of a value that is contiguous already, as everything of size one is

@@ -6,8 +6,6 @@ Each call is run twice on fake tensors, differently in everything that must not 
 """
 
 import inspect
-import operator
-import re
 from collections import Counter
 from dataclasses import replace
 
@@ -22,14 +20,14 @@ from ..calls.variants import Variant, variants
 from ..errors import Refused
 from ..graph import HOST, Check, Graph, attribute, clone_tree, has_attribute, install, select
 from .align import Alignment, Misaligned
+from .checks import is_equality, keep_checks, only_fails_at, require_filled
 from .coded import mark, read_modules
 from .fakes import uncollected
 from .reads import Merge, read_devices
-from .tidy import append, named_arguments, set_argument, tidy
+from .tidy import in_order, named_arguments, set_argument, tidy
 from .trace import CannotTrace, is_method, trace
 
 _ATTEMPTS = 24
-_NUMBER = re.compile(r"_\d+$")
 
 
 @uncollected()
@@ -156,7 +154,7 @@ class _Capture:
                     alignment, theirs, notes = self._aligned(ours)
                     Merge(alignment, self.variant.mode == "both", self.other_dtype, notes, ours.called).apply()
                     self._compare_constants(ours, theirs)
-                    _require_filled(ours)
+                    require_filled(ours)
                     self.notes += notes
                     return ours, theirs
             except CannotTrace as error:
@@ -194,7 +192,7 @@ class _Capture:
         cast = (lambda given: dtype if given == self.dtype else given) if dtype else (lambda given: given)
         opaque = self.opaque.keys()
         result = trace(self.model, self.variant, training=training, cast=cast, seed=seed, least=least, opaque=opaque, stamp=self.stamp)
-        _keep_checks(result)
+        keep_checks(result)
         tidy(result.graph)
         for node in result.graph.nodes:
             if node.op == "call_function" and node.target not in HOST and not isinstance(node.target, torch._ops.OpOverload):
@@ -213,7 +211,7 @@ class _Capture:
             value = ours.replacements.get(symbol)
             if isinstance(value, sympy.Integer):
                 asked = [guard for guard in ours.guards if symbol in guard.condition.free_symbols]
-                guard = next((guard for guard in asked if _is_equality(guard.condition)), asked[-1])
+                guard = next((guard for guard in asked if is_equality(guard.condition)), asked[-1])
                 why = "as it must fit" if guard.torch_asked else "by the code here"
                 return guard.stack, f"{guard.place}: {name} would be fixed at {value} {why}", name, guard.torch_asked
         return None
@@ -293,9 +291,9 @@ class _Capture:
             condition = guard.condition.xreplace(ours.replacements)
             if condition in (True, sympy.true) or condition in found or free_unbacked_symbols(condition):
                 continue
-            if guard.torch_asked and not _is_equality(condition):
+            if guard.torch_asked and not is_equality(condition):
                 continue  # a question about strides and sizes of one: the op is in the graph either way, and checks its own inputs
-            if self.least and _only_fails_at(condition, theirs.hints):
+            if self.least and only_fails_at(condition, theirs.hints):
                 continue  # the second run was there, and gave the same graph
             found[condition] = Check(condition, guard.place)
         return tuple(found.values())
@@ -309,80 +307,6 @@ def _main_dtype(model):
 def _same(value, other):
     """Whether two runs made the same tensor; in another dtype it may be rounded."""
     return value.shape == other.shape and torch.equal(value.to(other.dtype), other)
-
-
-def _is_equality(condition):
-    return any(isinstance(part, sympy.Eq) for part in sympy.preorder_traversal(condition))
-
-
-def _only_fails_at(condition, least):
-    """Whether a condition on a sum of symbols is false where all have their least value, and there alone."""
-    symbols = condition.free_symbols
-    if not symbols or not isinstance(condition, sympy.core.relational.Relational) or not symbols <= least.keys():
-        return False
-    difference = condition.lhs - condition.rhs
-    if isinstance(condition, sympy.Gt | sympy.Ne) and condition.rhs == 0 and difference.is_Mul and symbols == set(difference.args) - {difference.as_coeff_Mul()[0]}:
-        return any(least[symbol] == 0 for symbol in symbols)  # a product of sizes (whether a tensor holds anything): none of them is zero
-    if not difference.is_polynomial(*symbols) or sympy.Poly(difference, *symbols).total_degree() > 1:
-        return False
-    # as every symbol grows the difference moves one way, so it is enough to look at the corner and at one step from it
-    if len({sympy.sign(difference.coeff(symbol)) for symbol in symbols}) != 1:
-        return False
-    at = {symbol: least[symbol] for symbol in symbols}
-    steps = [{**at, symbol: at[symbol] + step} for symbol in symbols for step in (1, 10**9)]
-    return condition.xreplace(_numbers(at)) == sympy.false and all(condition.xreplace(_numbers(step)) == sympy.true for step in steps)
-
-
-def _numbers(sizes):
-    return {symbol: sympy.Integer(size) for symbol, size in sizes.items()}
-
-
-def _require_filled(ours):
-    """Sizes that depend on values and were taken not to be zero are asked at every call."""
-    waiting = dict(ours.filled)
-    for node in list(ours.graph.nodes):
-        value = node.meta.get("val")
-        if isinstance(value, torch.SymInt) and value.node.expr in waiting:
-            words = f"{waiting.pop(value.node.expr)}: nothing is left of this input; it was captured with something left"
-            _ask(ours.graph, node, operator.gt, 0, words)
-    if waiting:
-        raise Misaligned("", f"{', '.join(waiting.values())}: what the code does here depends on the values of the inputs.")
-
-
-def _ask(graph, node, compare, number, words):
-    with graph.inserting_after(node):
-        holds = graph.call_function(compare, (node, number))
-    with graph.inserting_after(holds):
-        asked = graph.call_function(torch.ops.aten._assert_scalar.default, (holds, words))
-    holds.meta, asked.meta = (_meta(node) | {"val": compare(node.meta["val"], number)}, _meta(node) | {"val": None, "asked": True})
-
-
-_COMPARED = {sympy.Eq: operator.eq, sympy.Ne: operator.ne, sympy.Ge: operator.ge, sympy.Gt: operator.gt, sympy.Le: operator.le, sympy.Lt: operator.lt}
-
-
-def _keep_checks(run):
-    """What the model's code checks of a size that depends on values (`all rows have one end of sequence`) is asked at every call.
-
-    Nothing can branch on such a size while it is traced, so these are checks that raise; those on more than a size and a number are left
-    to the ops behind them.
-    """
-    waiting = {}
-    for guard in run.guards:
-        condition = guard.condition
-        if not guard.torch_asked and type(condition) in _COMPARED and condition.rhs.is_Integer and condition.lhs.is_Symbol and free_unbacked_symbols(condition):
-            waiting.setdefault(condition.lhs, {})[_COMPARED[type(condition)], int(condition.rhs)] = guard.place
-    for node in list(run.graph.nodes) if waiting else ():
-        value = node.meta.get("val")
-        for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) and node.op == "call_function" else ()):
-            symbol = size.node._expr if isinstance(size, torch.SymInt) else None  # as it was before a check said that it is 1
-            asked = waiting.pop(symbol, {})
-            if not asked:
-                continue
-            with run.graph.inserting_after(node):
-                read = run.graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
-            read.meta = dict(node.meta) | {"val": size}
-            for (compare, number), place in asked.items():
-                _ask(run.graph, read, compare, number, f"{place}: the check here does not hold")
 
 
 def _flags_by_analogy(graph, main):
@@ -427,39 +351,3 @@ def _blocks(model, called):
             if kinds[type(child)] > 1 and path in called and next(child.parameters(), None) is not None:
                 blocks.append(path)
     return tuple(blocks)
-
-
-def in_order(graph):
-    """A plain fx.Graph with readable names: one get_attr per path (right before its first use), placeholders named after their leaves."""
-    made, env, read = fx.Graph(), {}, {}
-    uses = {}
-    for node in graph.nodes:
-        for source in node.all_input_nodes:
-            uses.setdefault(source, node)
-
-    def get(source):
-        if source.op == "get_attr" and source not in env:
-            if source.target not in read:
-                read[source.target] = made.create_node("get_attr", source.target)
-                read[source.target].meta.update(_meta(source))
-            env[source] = read[source.target]
-        return env[source]
-
-    for node in graph.nodes:
-        if node.op == "get_attr":
-            continue
-        if node.op == "placeholder":
-            env[node] = made.placeholder(node.meta["leaf"].replace(".", "_"))
-            env[node].meta = _meta(node) | {"leaf": node.meta["leaf"], "path": ""}
-            continue
-        given = fx.map_arg(node.args, get), fx.map_arg(node.kwargs, get) if node.kwargs else {}
-        if node.op != "call_function":
-            env[node] = made.create_node(node.op, node.target, *given)
-        else:  # counted anew, without what was taken out
-            env[node] = append(made, node.op, node.target, *given, _NUMBER.sub("", node.name))
-        env[node].meta.update(_meta(node))
-    return made
-
-
-def _meta(node):
-    return {key: node.meta[key] for key in ("val", "path", "call", "source") if key in node.meta}

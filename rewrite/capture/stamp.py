@@ -22,10 +22,10 @@ from torch.fx.experimental.proxy_tensor import _ProxyTensor, get_proxy_slot, set
 from torch.utils import _pytree as pytree
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from ..graph import HOST
+from ..graph import HOST, add_node
 from .likeness import PLAIN, Given, Likeness, Unlike, slot_of
 from .positions import kind_of, parts, watched
-from .tidy import ASSERTS, append, has_effect, written
+from .tidy import ASSERTS, has_effect, written
 
 
 class Stamps:
@@ -304,7 +304,7 @@ class Recording:
                     made[node] = tensor_node(tensors[self.tensors[node.target]], node)
                 continue  # else one of another module, written down already
             args, kwargs = fx.map_arg(node.args, source), fx.map_arg(node.kwargs, source) if node.kwargs else {}
-            made[node] = copy = append(tracer.graph, node.op, node.target, args, kwargs, node.name)
+            made[node] = copy = add_node(tracer.graph, node.op, node.target, args, kwargs, node.name)
             copy.meta.update(node.meta)
             copy.meta.update(path=modules.get(path, path), read=read(node.meta.get("read", {})))
             call = node.meta.get("call", 0) - self.calls.get(path, (0, 0))[0] + base.get(path, 0)

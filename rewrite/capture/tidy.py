@@ -4,18 +4,20 @@
 """
 
 import functools
+import re
 
 import sympy
 import torch
 from torch import fx
 
-from ..graph import count, drops
+from ..graph import add_node, count, drops
 
 aten = torch.ops.aten
 ASSERTS = {
     aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten._assert_async.default, aten._assert_async.msg,
     aten.sym_constrain_range.default, aten.sym_constrain_range_for_size.default,
 }  # fmt: skip
+_NUMBER = re.compile(r"_\d+$")
 _END = torch.iinfo(torch.int64).max
 
 
@@ -84,16 +86,6 @@ def set_argument(node, name, value):
         return
     values = named_arguments(node)
     node.args = tuple(value if a.name == name else values[a.name] for a in arguments[: max(place + 1, len(node.args))])
-
-
-def append(graph, op, target, args, kwargs, name):
-    """`graph.create_node` at the end of a graph, for a node that was written before: its arguments are not searched for raw symbols again."""
-    node = fx.Node(graph, graph._graph_namespace.create_name(name, None), op, target, args, kwargs)
-    graph._graph_namespace.associate_name_with_obj(node.name, node)
-    graph._insert(node)
-    graph._find_nodes_lookup_table.insert(node)
-    graph._len += 1
-    return node
 
 
 def _is_noop(node):
@@ -200,3 +192,38 @@ def _regions(graph):
                 cut = graph.call_function(aten.detach.default, (node,))
             cut.meta = dict(node.meta)
             node.replace_all_uses_with(cut, delete_user_cb=lambda user: user is not cut and user not in outside)
+
+
+def in_order(graph):
+    """A plain fx.Graph with readable names: one get_attr per path (right before its first use), placeholders named after their leaves."""
+    made, env, read = fx.Graph(), {}, {}
+    uses = {}
+    for node in graph.nodes:
+        for source in node.all_input_nodes:
+            uses.setdefault(source, node)
+
+    def get(source):
+        if source.op == "get_attr" and source not in env:
+            if source.target not in read:
+                read[source.target] = made.create_node("get_attr", source.target)
+                read[source.target].meta.update(provenance(source))
+            env[source] = read[source.target]
+        return env[source]
+
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            continue
+        if node.op == "placeholder":
+            env[node] = made.placeholder(node.meta["leaf"].replace(".", "_"))
+            env[node].meta = provenance(node) | {"leaf": node.meta["leaf"], "path": ""}
+            continue
+        given = fx.map_arg(node.args, get), fx.map_arg(node.kwargs, get) if node.kwargs else {}
+        name = _NUMBER.sub("", node.name) if node.op == "call_function" else None  # counted anew, without what was taken out
+        env[node] = add_node(made, node.op, node.target, *given, name)
+        env[node].meta.update(provenance(node))
+    return made
+
+
+def provenance(node):
+    """What a node says of its value and where it comes from."""
+    return {key: node.meta[key] for key in ("val", "path", "call", "source") if key in node.meta}

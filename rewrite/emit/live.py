@@ -21,8 +21,9 @@ from ..edit.prompts import whole
 from ..errors import Refused
 from ..graph import attribute
 from .coupled import chains
+from .form import block_form
 from .outline import Piece, outline
-from .source import block_form, block_source, top_source
+from .source import block_source, top_source
 from .unlabelled import unlabelled
 
 _ENCODED = {"mm_encoder_outputs"}  # where forward takes it, generate runs the encoder of images by itself, from outside; the graph has it inside

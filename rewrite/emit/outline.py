@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import networkx as nx
 import torch
 
-from ..graph import count, drops, expression
+from ..capture import tidy
+from ..graph import expression
 
 
 @dataclass(eq=False)
@@ -45,13 +46,7 @@ def is_size(node):
 
 def has_effect(node):
     """True where order matters beyond dataflow: random numbers, writes, opaque modules, what is asked of a size."""
-    if node.op == "call_module" or node.target in (count, drops, torch.ops.aten._assert_scalar.default):
-        return True
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    seeded = torch.Tag.nondeterministic_seeded in target.tags or target is torch.ops.aten.scaled_dot_product_attention.default
-    return seeded or target._schema.is_mutable
+    return tidy.has_effect(node) or node.target is torch.ops.aten.scaled_dot_product_attention.default
 
 
 def outline(graph):

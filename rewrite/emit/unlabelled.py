@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from ..capture.align import has_effect
+from ..capture.tidy import has_effect
 
 NAME = "unlabelled"
 
