@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from rewrite.kernels import dora_norm as norm
 from rewrite.kernels.lora_linear import gradients
 from rewrite.kernels.lora_linears import over_codes
-from rewrite.kernels.op import Op
+from rewrite.kernels.op import Op, cast_once
 from rewrite.kernels.rounding import by_hand, rounded
 
 CONFIG = {"BLOCK_M": 16, "BLOCK_N": 128, "num_warps": 4, "num_stages": 1}
@@ -135,10 +135,7 @@ def _made(format):
     def multiplied(x, stored, b, down, up, gain, scale, way):
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-            x, b, down, up, gain, *stored = (t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in (x, b, down, up, gain, *stored))
-            with torch.autocast(kind, enabled=False):
-                return multiplied(x, stored, b, down, up, gain, scale, way)
+            return cast_once(lambda x, b, down, up, gain, *stored: multiplied(x, stored, b, down, up, gain, scale, way), kind, x, b, down, up, gain, *stored)
         rows = x.reshape(-1, x.shape[-1])
         z = F.linear(rows, *stored) if over is None else product.launch(rows, *stored, None)
         z = z.addmm_(torch.mm(rows, down.t()), up.t(), alpha=scale)

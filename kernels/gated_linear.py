@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch.nn import functional as F
 
-from rewrite.kernels.op import Op
+from rewrite.kernels.op import Op, cast_once
 from rewrite.kernels.rounding import by_hand, rounded
 
 CONFIG = {"BLOCK": 1024, "num_warps": 4, "num_stages": 1}
@@ -185,10 +185,7 @@ def _made(act, count, format):
             return reference(e, g, *given) if torch.compiler.is_exporting() or not e.is_cuda else op.overload(e, g, *given)
         kind = e.device.type
         if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-            cast = lambda t: t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t  # noqa: E731
-            with torch.autocast(kind, enabled=False):
-                return launch(cast(e), cast(g), *map(cast, given), way=way)
+            return cast_once(functools.partial(launch, way=way), kind, e, g, *given)
         if e.shape != g.shape or e.dtype != g.dtype:  # what broadcasts or is promoted
             return reference(e, g, *given)
         w = given[0] if over is None else functools.partial(over.launch, *given[:width], e.dtype)

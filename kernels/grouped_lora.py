@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch._subclasses import FakeTensor
 
-from rewrite.kernels.op import Op
+from rewrite.kernels.op import Op, cast_once
 from rewrite.kernels.rounding import by_hand, rounded
 
 #: tiles that every chip from sm_80 on holds, by the bytes of an entry
@@ -294,14 +294,16 @@ def _made(count):
         if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
             plain = torch.compiler.is_exporting() or not x.is_cuda  # what is exported must be readable without us, and on a CPU the compiler fuses better
             return (op.reference if plain else op)(y, x, *given)
+
+        def added(x, *given):
+            """The products are cast, the sum is not."""
+            if y.dtype == x.dtype:
+                return launch(y, x, *given, way=way)
+            return y + launch(y.new_zeros(y.shape, dtype=x.dtype), x, *given, way=way)
+
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-            x, *given = (t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in (x, *given))
-            with torch.autocast(kind, enabled=False):
-                if y.dtype == dtype:
-                    return launch(y, x, *given, way=way)
-                return y + launch(y.new_zeros(y.shape, dtype=dtype), x, *given, way=way)  # the products are cast, the sum is not
+            return cast_once(added, kind, x, *given)
         if not y.numel():
             return op.reference(y, x, *given)
         pairs, groups, scales = _parted(given)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch.nn import functional as F
 
-from rewrite.kernels.op import Op
+from rewrite.kernels.op import Op, cast_once
 from rewrite.kernels.rounding import by_hand, rounded
 
 IGNORED = -100
@@ -145,9 +145,7 @@ def launch(x, w, b, labels, items, way=None, rows=None):
         return (reference if torch.compiler.is_exporting() else linear_cross_entropy.overload)(x, w, b, labels, items)
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        with torch.autocast(kind, enabled=False):
-            return launch(*(t if t is None else t.to(dtype) for t in (x, w, b)), labels, items, way, rows)
+        return cast_once(lambda x, w, b: launch(x, w, b, labels, items, way, rows), kind, x, w, b)
     x, labels = x.reshape(-1, x.shape[-1]), labels.reshape(-1)
     if len(x) != len(labels):
         raise ValueError(f"{len(x)} tokens and {len(labels)} labels: there must be a label for each.")

@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from rewrite.kernels.lora_linears import lora_linears, over_codes
-from rewrite.kernels.op import Op
+from rewrite.kernels.op import Op, cast_once
 
 
 def mask(rows, p, seed):
@@ -73,10 +73,7 @@ def _made(format):
             return plain.launch(x, *given[:-2])
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-            cast = lambda t: t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t  # noqa: E731
-            with torch.autocast(kind, enabled=False):
-                return launch(cast(x), *map(cast, given))
+            return cast_once(launch, kind, x, *given)
         stored, (b, down, up, scale) = given[:width], given[width:-2]
         rows, seed = x.reshape(-1, x.shape[-1]), int(torch.randint(2**63 - 1, ()))
         y = F.linear(rows, *stored, b) if over is None else product.launch(rows, *stored, b)

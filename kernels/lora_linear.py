@@ -20,7 +20,7 @@ import triton.language as tl
 from torch.nn import functional as F
 
 from rewrite.kernels import chips
-from rewrite.kernels.op import Op
+from rewrite.kernels.op import Op, cast_once
 
 #: tiles that every chip from sm_80 on holds (float32 at rank 64 spills in the wider one); what was tuned on a chip is in its file (`chips`)
 CONFIGS = {
@@ -136,11 +136,8 @@ def launch(x, w, b, down, up, scale, product=None):
     if torch.compiler.is_compiling():  # what is exported must be readable without us; a registered op could not keep x down', which a compiler does by itself
         return (reference if torch.compiler.is_exporting() else traced)(x, w, b, down, up, scale)
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):  # each operand is cast once, for all products that read it
-        dtype = torch.get_autocast_dtype(kind)
-        x, w, b, down, up = (t if t is None else t.to(dtype) for t in (x, w, b, down, up))
-        with torch.autocast(kind, enabled=False):
-            return launch(x, w, b, down, up, scale, product)
+    if torch.is_autocast_enabled(kind):
+        return cast_once(launch, kind, x, w, b, down, up, scale, product)
     if product is None and x.is_cuda and x.element_size() == 2 and len(down) <= 64 and (config := chips.config("lora_linear", x.device)):
         product = functools.partial(fused_product, config=config)
     if product is not None:

@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from rewrite.kernels.lora_linear import gradients, lora_linear
-from rewrite.kernels.op import Op
+from rewrite.kernels.op import Op, cast_once
 
 
 def over_codes(format):
@@ -106,10 +106,7 @@ def _made(counts, format):
             return (reference if torch.compiler.is_exporting() else traced)(x, *given)
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-            cast = lambda t: t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t  # noqa: E731
-            with torch.autocast(kind, enabled=False):
-                return launch(cast(x), *map(cast, given))
+            return cast_once(launch, kind, x, *given)
         weight = (lambda w: w) if over is None else lambda *codes: lambda rows, b: product.launch(rows, *codes, b)
         found = _run(x, read(given, weight))
         return found[0] if len(found) == 1 else tuple(found)

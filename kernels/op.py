@@ -10,6 +10,13 @@
 import torch
 
 
+def cast_once(call, kind, *given):
+    """call(*given) where autocast is on for a device of a kind: each floating tensor is cast once, for all that reads it, and not again inside."""
+    dtype = torch.get_autocast_dtype(kind)
+    with torch.autocast(kind, enabled=False):
+        return call(*[t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in given])
+
+
 class Op:
     """An op named after the file of its reference, or `name`. `fake` gives an empty result of the right shape and dtype where the reference would be slow to ask."""
 

@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 
 from rewrite.kernels import chips
-from rewrite.kernels.op import Op
+from rewrite.kernels.op import Op, cast_once
 
 
 class QuantLinear(Op):
@@ -50,9 +50,7 @@ class QuantLinear(Op):
             return self.reference(x, *given)
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-            with torch.autocast(kind, enabled=False):
-                return self.run(x.to(dtype), *codes, b if b is None else b.to(dtype))
+            return cast_once(self.run, kind, x, *codes, b)
         if compiling:
             return self.overload(x, *given)
         if torch.is_grad_enabled() and (x.requires_grad or (b is not None and b.requires_grad)):
