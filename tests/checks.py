@@ -60,6 +60,14 @@ def rejects(*, reference, result, drift):
         close(reference=reference, result=result, drift=drift)
 
 
+def same_gradients(*, reference, result, drift):
+    """Each trainable tensor of a model has the gradient that it has in another model; one that is off by a hundredth is told."""
+    for name, parameter in reference.named_parameters():
+        if parameter.requires_grad:
+            close(reference=parameter.grad, result=result.get_parameter(name).grad, drift=drift)
+            rejects(reference=parameter.grad, result=1.01 * result.get_parameter(name).grad, drift=drift)
+
+
 def learned(losses):
     """Whether a run of losses came down."""
     return losses[-1] <= LEARNED * losses[0]

@@ -62,7 +62,7 @@ def main():
     report = {}
     for case, (*_, dtype, _, _) in CASES.items():
         tensors, grad = given(case)
-        (x, w, b, down, up, magnitude), (exact, plain) = tensors, norms(tensors)
+        (x, w, _, down, up, magnitude), (exact, plain) = tensors, norms(tensors)
         ours, broken = (dora_norm.by_triton(w, down, up, s, NORM) for s in (SCALE, 0.9 * SCALE))
         report[case] = {"dtype": dtype, "plain": error(exact, plain), "ours": error(exact, ours), "broken": error(exact, broken)}
         z, gain = x @ w.T, magnitude.view(-1)

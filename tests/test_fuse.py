@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from checks import TOYS, captured, close, model_of, rejects, rounding, wake
+from checks import TOYS, captured, close, model_of, rejects, rounding, same_gradients, wake
 from models import build, example
 from rewrite.kernels.lora_linear import lora_linear
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -119,12 +119,8 @@ def test_every_adapter_is_fused_and_nothing_else_changes():
     rejects(reference=TOYS["gated"].output(model_of("gated")), result=TOYS["gated"].output(live), drift=rounding(torch.float32))
     for model in (plain, live):
         TOYS["gated"].loss(model).backward()
-    for name, parameter in plain.named_parameters():
-        if parameter.requires_grad:
-            close(reference=parameter.grad, result=live.get_parameter(name).grad, drift=rounding(torch.float32))
-            rejects(reference=parameter.grad, result=1.01 * live.get_parameter(name).grad, drift=rounding(torch.float32))
-        else:
-            assert live.get_parameter(name).grad is None
+    same_gradients(reference=plain, result=live, drift=rounding(torch.float32))
+    assert all(live.get_parameter(name).grad is None for name, parameter in plain.named_parameters() if not parameter.requires_grad)
 
 
 def test_trained_weights_get_their_gradients_too():
@@ -154,10 +150,7 @@ def test_over_codes_and_beside_another_adapter(steps):
     for model in (plain, live):
         TOYS["gated"].loss(model).backward()
     close(reference=TOYS["gated"].output(plain), result=TOYS["gated"].output(live), drift=rounding(torch.float32))
-    for name, parameter in plain.named_parameters():
-        if parameter.requires_grad:
-            close(reference=parameter.grad, result=live.get_parameter(name).grad, drift=3 * rounding(torch.float32))
-            rejects(reference=parameter.grad, result=1.01 * live.get_parameter(name).grad, drift=3 * rounding(torch.float32))
+    same_gradients(reference=plain, result=live, drift=3 * rounding(torch.float32))
 
 
 @pytest.mark.parametrize("steps", [[], [{"pass": "quantize", "where": "linear"}]], ids=["numbers", "codes"])
@@ -221,9 +214,6 @@ def test_compiles_in_one_piece():
     TOYS["gated"].loss(plain).backward()
     TOYS["gated"].loss(run).backward()
     close(reference=TOYS["gated"].output(plain), result=TOYS["gated"].output(run), drift=rounding(torch.float32))
-    for name, parameter in plain.named_parameters():
-        if parameter.requires_grad:
-            close(reference=parameter.grad, result=live.get_parameter(name).grad, drift=3 * rounding(torch.float32))
-            rejects(reference=parameter.grad, result=1.01 * live.get_parameter(name).grad, drift=3 * rounding(torch.float32))
+    same_gradients(reference=plain, result=live, drift=3 * rounding(torch.float32))
     assert linears[0] == 2 * (7 + 7 + 4) + 1, linears  # of each block the base's, what adapters give, one shrink for each x; and the head
 
