@@ -87,7 +87,7 @@ def _agreement(records):
             rows.setdefault(key, []).append(record["name"])
     if not rows:
         return []
-    lines = ["", "## PEFT's tables", "", f"What `peft.utils.constants` names, by our roles: {len(rows)} rows, {apart} differences, {unexplained} unexplained.", ""]
+    lines = ["", "## PEFT's tables", "", f"What `peft.utils.constants` names, by our roles: {len(rows)} rows, {apart} differences, {unexplained} unexplained. An explanation names an input that shows it; the sweep does not run it.", ""]
     lines += ["| type | table | its targets | our roles there | differences | models |", "|---|---|---|---|---|---|"]
     return lines + ["| " + " | ".join(map(_cell, (*key, ", ".join(names)))) + " |" for key, names in sorted(rows.items())]
 
