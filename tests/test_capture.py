@@ -295,6 +295,32 @@ def test_what_does_something_in_training_alone_hides_nothing(tmp_path):
     assert not torch.equal(model(x), live(x))  # other draws are seen
 
 
+class Frames(nn.Module):
+    """One place of every `width`; what comes of it has a size that moves by steps."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.width = width
+
+    def forward(self, x):
+        return x[:, :: self.width]
+
+
+class Doubling(Masks):
+    def _hide(self, x, rate=0.5):
+        return super()._hide(x, rate) * 2
+
+
+def test_what_hands_its_input_on_may_stand_where_sizes_move_by_steps():
+    graph = capture((model := Stack(nn.Sequential(Frames(50), Masks())).eval()), (torch.randn(2, 7, 8),))
+    assert not graph.opaque and graph.training_only == {"between.1._hide"}
+    for length in (1, 50, 51, 700):
+        x = torch.randn(2, length, 8)
+        assert torch.equal(make_live(graph)(x), model(x))
+    graph = capture((model := Stack(nn.Sequential(Frames(50), Doubling())).eval()), (torch.randn(2, 7, 8),))
+    assert graph.opaque and not graph.training_only and torch.equal(make_live(graph)(x), model(x))
+
+
 class Layer(nn.Module):
     def __init__(self):
         super().__init__()

@@ -41,7 +41,7 @@ def stand_in(tracer, path, args, kwargs):
     proxy = tracer.create_proxy("call_module", path, *proxies)
     proxy.node.meta["path"] = path
     with disable_proxy_modes_tracing(), tracer.fake_mode:
-        if path in tracer.training_only:  # of the input's own sizes, whatever they are made of
+        if outputs is None:  # of the input's own sizes, whatever they are made of
             values = [torch.empty(given[0].shape, dtype=given[0].dtype, device=given[0].device)]
         else:
             values = [_fake(tracer, *entry) if isinstance(entry, tuple) else entry for entry in outputs]
@@ -66,14 +66,18 @@ def _symint(tracer, size):
 
 
 def _outputs(tracer, path, given, spec):
-    """→ ([(shape of ints and linear expressions, dtype, device) or a constant, …], their tree)."""
+    """→ ([(shape of ints and linear expressions, dtype, device) or a constant, …], their tree); None for a list where the first input itself is handed on."""
     hints = dict(tracer.hints)
     symbols = sorted({s for value in given for s in _symbols(value)} & hints.keys(), key=str)
     run = _runner(tracer, path, spec)
     first, tree = run(_sized(given, hints))
     inner = dict(run.calls)
+    larger = {symbol: hints[symbol] + 3 + 2 * place for place, symbol in enumerate(symbols)}
     if run.hands_on and not (isinstance(part := attribute(tracer.model, path), torch.nn.Module) and any(True for _ in chain(part.parameters(), part.buffers()))):
-        tracer.training_only.add(path)
+        run(_sized(given, hints | larger))
+        if run.hands_on:
+            tracer.training_only.add(path)
+            return None, tree
     shapes = [list(value.shape) if isinstance(value, torch.Tensor) else None for value in first]
     grown = [[sympy.Integer(size) for size in shape] if shape is not None else None for shape in shapes]
     for symbol in symbols:
@@ -87,7 +91,6 @@ def _outputs(tracer, path, given, spec):
                 if not factor.is_Integer:
                     raise TypeError(f"{path} returns a size that does not grow evenly with its inputs")
                 sums[dim] += factor * (symbol - hints[symbol])
-    larger = {symbol: hints[symbol] + 3 + 2 * place for place, symbol in enumerate(symbols)}
     check, _ = run(_sized(given, hints | larger)) if symbols else (first, tree)
     tracer.inner.update((f"{path}.{name}", (*inner[name][:2], run.calls[name][0], inner[name][2])) for name in inner if name in run.calls)
     for sums, value in zip(grown, check):
