@@ -37,9 +37,10 @@ COUNTS = (
     (r"num_experts_per_tok(en)?|num_selected_experts|moe_topk|moe_top_k|moe_k|top_k_experts|num_experts_per_token", 2),
     (r"n_group|topk_group|num_expert_groups?", 1),
 )
+SHARED_HEADS = (r"(num_)?(key_value|kv)_heads|n_head_kv|multi_query_group_num", 2)
 HEADS = (
+    SHARED_HEADS,
     (r"(num_|n_)?(\w*attention_|encoder_attention_|decoder_attention_|\w+_)?(heads?)|n_heads?", 4),
-    (r"(num_)?(key_value|kv)_heads|n_head_kv|multi_query_group_num", 2),
 )
 WIDTHS = (
     (r"head_dim|attention_head_(size|dim)|d_kv|v_head_dim|key_head_dim|value_head_dim|linear_(key|value)_head_dim|kv_channels|mamba_(d_head|head_dim)", 8),
@@ -47,7 +48,7 @@ WIDTHS = (
     (r"qk_nope_head_dim", 8),
     (r"(kv|q|o)_lora_rank|lora_rank\w*", 16),
     (r"\w*intermediate_size|\w*ffn_dim|d_ff|n_inner|ffn_hidden_size|inner_dim|mlp_dim|\w*ffn_hidden_size|hidden_dim", 56),
-    (r"hidden_size|d_model|n_embd|dim|embed_dim|embedding_size|projection_dim|\w*hidden_size|d_embed|word_embed_proj_dim|decoder_hidden_size", 32),
+    (r"hidden_size(_global)?|d_model|n_embd|dim|embed_dim|embedding_size|projection_dim|\w*hidden_size|d_embed|word_embed_proj_dim|decoder_hidden_size", 32),
     (r"state_size|(mamba_)?d_state|\w*state_dim", 8),
 )
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -58,18 +59,26 @@ IDS = re.compile(r"\w*(token|_id|index)\w*_(id|index|ids)|\w*token_id|\w+_token_
 # what no name of a number tells, by the type of the config
 _PLANES = dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 1, 1]))  # of a head of 8
 _PERCEIVER = dict(d_latents=32, num_latents=8, num_blocks=1, num_self_attends_per_block=2, num_self_attention_heads=4, num_cross_attention_heads=1)
+_WINDOWS = dict(embed_dim=24, depths=[2, 2], num_heads=[3, 6], image_size=32, window_size=2)  # shifted windows need more than one of them
+_RESNET = dict(architecture="resnet18", model_args=dict(layers=[1, 1, 1, 1], channels=[8, 12, 16, 24]))
 HINTS = {
     **{f"{kind}_text": _PLANES for kind in ("glm4v", "glm4v_moe", "glm_ocr", "qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "qwen3_omni_moe")},
     "glm4v_moe_text": dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5, mrope_section=[1, 1, 0])),
     "ernie4_5_vl_moe_text": dict(moe_num_experts=4, moe_k=2, rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[1, 1, 2])),
     "aria": dict(projector_patch_to_query_dict={16: 4}),
     "blip-2": dict(image_token_index=190),
+    "instructblip": dict(image_token_index=190, num_query_tokens=4),
+    "instructblipvideo": dict(video_token_index=190, num_query_tokens=4),
     "dbrx": dict(attn_config=dict(kv_n_heads=2, clip_qkv=8, rope_theta=10000.0)),
     "molmo2_adapter": dict(vision_feature_layer=[1, 0]),
     "vipllava": dict(vision_feature_layers=[-2, -1]),
     "chameleon": dict(vocabulary_map={"<image>": 7}),
     "emu3": dict(vocabulary_map={"<image>": 7}),
     "dots3_note_text": dict(per_layer_config={}),
+    "dots3_note_vision_encoder": dict(mlp_layer_types=["dense", "sparse"], adapter_in_dim=32, adapter_out_dim=32),
+    "dots3_note_audio_encoder": dict(adapter_input_size=32, adapter_out_dim=32),
+    "diffusion_gemma_text": dict(num_experts=4, top_k_experts=2, moe_intermediate_size=24),
+    "gemma4_assistant": dict(text_config=dict(model_type="gemma4_text", hidden_size_per_layer_input=0, vocab_size_per_layer_input=0, num_kv_shared_layers=2, num_hidden_layers=2)),
     "qwen2_5_omni_thinker": dict(vision_start_token_id=190),
     "qwen3_omni_moe_thinker": dict(vision_start_token_id=190),
     "bailing_hybrid": dict(layer_group_size=2),
@@ -87,20 +96,46 @@ HINTS = {
     "granitemoehybrid": dict(layer_types=["mamba", "attention"], num_hidden_layers=2, mamba_n_heads=8, mamba_d_head=8),
     "hunyuan_v1_dense": dict(head_dim=8),
     "hunyuan_v1_moe": dict(head_dim=8),
-    "hunyuan_vl_text": dict(head_dim=8),
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, num_hidden_layers=2, use_mamba_kernels=False),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"], num_hidden_layers=2, num_dense_layers=1),
     "longcat_flash": dict(qk_nope_head_dim=8, qk_rope_head_dim=4, head_dim=4, num_key_value_heads=None),
     "mamba2": dict(num_heads=8, head_dim=8, n_groups=2),
     "ministral": dict(head_dim=8),
-    "mimo_v2_flash": dict(swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=8, swa_v_head_dim=8, head_dim=8, v_head_dim=8),
     "musicgen_decoder": dict(num_codebooks=1),
     "musicgen_melody_decoder": dict(num_codebooks=1),
     "nemotron": dict(num_key_value_heads=2),
     "perceiver": _PERCEIVER,
-    "zamba2": dict(num_hidden_layers=3, layer_types=["mamba", "mamba", "hybrid"], mamba_ngroups=1, n_mamba_heads=2),
+    "zamba2": dict(num_hidden_layers=3, layers_block_type=["mamba", "mamba", "hybrid"], mamba_ngroups=1, n_mamba_heads=2),
     "recurrent_gemma": dict(num_hidden_layers=3, block_types=["recurrent", "recurrent", "attention"]),
     "reformer": dict(is_decoder=True, axial_pos_shape=[4, 16], axial_pos_embds_dim=[8, 24], attn_layers=["local", "lsh"], num_hashes=1, hash_seed=0),
+    "xlstm": dict(hidden_size=128, embedding_dim=128),
+    "shieldgemma2": dict(mm_tokens_per_image=4, yes_token_index=7, no_token_index=9),
+    "timm_wrapper": _RESNET,
+    "fast_vlm": dict(vision_config=dict(model_type="timm_wrapper", hidden_size=24, **_RESNET)),
+    "gemma3n": dict(vision_config=dict(model_type="gemma3n_vision", hidden_size=24, vocab_size=8, vocab_offset=180, **_RESNET), vision_soft_tokens_per_image=4),
+    "perception_lm": dict(vision_config=dict(model_type="timm_wrapper", architecture="vit_tiny_patch16_224", do_pooling=False, model_args=dict(img_size=64, embed_dim=32, depth=2, num_heads=4))),
+    "qwen4_exp_text": dict(layer_types=["linear_attention", "indexed_attention"], num_hidden_layers=2, linear_num_key_heads=2, linear_num_value_heads=4, indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=8, indexer_budget=8, indexer_compress_ratio=2, hc_lowrank=8),
+    "blt": dict(num_hidden_layers=2, encoder_hash_byte_group_vocab=64),
+    "deepseek_ocr2_text": dict(mlp_layer_types=["dense", "sparse"], n_group=1, topk_group=1, num_experts_per_tok=2),
+    "deepseek_ocr2_sam_vision_model": dict(global_attn_indexes=[1], window_size=2, output_channels=32, downsample_channels=[32, 32]),
+    "emu3_vqgan": dict(base_channels=32, channel_multiplier=[1, 1], attn_resolutions=[3], temporal_downsample_factor=2),
+    "gemma3n_audio": dict(vocab_size=9, vocab_offset=190),
+    "granite4_vision": dict(
+        vision_config=dict(model_type="clip_vision_model", hidden_size=64, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4, image_size=64, patch_size=16),
+        downsample_rate="1/2", deepstack_layer_map=[[-2, 0]], spatial_target_layers=[0, 1], image_grid_pinpoints=[[64, 64]],
+    ),
+    "hunyuan_vl_text": dict(head_dim=8, rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[1, 1, 1, 1])),
+    "kosmos-2": dict(latent_query_num=4),
+    "muse_spark_audio": dict(patch_sizes=[4, 2], hidden_sizes=[16, 32], depths=[1, 1]),
+    "step3p5": dict(sliding_window=8),
+    "vibevoice_acoustic_tokenizer_encoder": dict(num_filters=4, downsampling_ratios=[2, 2], depths=[1, 1, 1]),
+    "swin": _WINDOWS,
+    "swinv2": _WINDOWS | dict(pretrained_window_sizes=[0, 0]),
+    "donut-swin": _WINDOWS,
+    "efficientnet": dict(width_coefficient=0.25, depth_coefficient=1.0, hidden_dim=320, image_size=64, num_block_repeats=[1, 2, 1, 1, 1, 1, 1]),
+    "cvt": dict(depth=[1, 2, 3]),  # its stage s reads entry s of its own layers' drop rates
+    "hgnet_v2": dict(hidden_sizes=[256, 512, 1024, 2048]),
+    "textnet": dict(stem_out_channels=16, image_size=[64, 64]),
     "xmod": dict(default_language="en_XX"),
 }
 
@@ -195,11 +230,14 @@ def shrunk(config_class, rules, layers, given=None, tokens=None):
             default = getattr(config_class(), name, None)
             if default is not None:
                 values[name] = shrunk(type(default), rules, layers, _other_than_default(default), tokens).to_dict()
+    heads = values.get("num_attention_heads", fields.get("num_attention_heads"))
     for name, default in fields.items():
         number = values.get(name, default)
         if isinstance(number, bool) or not isinstance(number, int):
             continue
         for pattern, size in rules:
+            if (pattern, size) == SHARED_HEADS and number == heads:
+                continue  # one for each head, there and here
             if re.fullmatch(pattern, name):
                 values[name] = min(layers if size is LAYERS else size, number) if number > 0 else number
                 break
@@ -215,12 +253,18 @@ def shrunk(config_class, rules, layers, given=None, tokens=None):
     if isinstance(rope, dict) and "mrope_section" in rope and len(rules) > len(COUNTS):
         half = int(8 * (rope.get("partial_rotary_factor") or 1)) // 2
         values["rope_parameters"] = {**rope, "mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
-    for name in ("depths", "num_hidden_layers", "num_layers"):
+    for name in ("depth", "depths", "num_hidden_layers", "num_layers"):
         if isinstance(fields.get(name), (list, tuple)) and rules:
             values[name] = [min(2, n) for n in fields[name]]
+    for name in ("hidden_sizes", "embed_dim", "embed_dims"):  # a pyramid keeps its proportions
+        widths = fields.get(name)
+        if len(rules) > len(COUNTS) and isinstance(widths, (list, tuple)) and widths[0] > 16 and all(16 * width % widths[0] == 0 for width in widths):
+            values[name] = [16 * width // widths[0] for width in widths]
     side, patch = fields.get("image_size"), values.get("patch_size", fields.get("patch_size"))
     if len(rules) > len(COUNTS) and isinstance(side, int) and isinstance(patch, int) and side > 4 * patch:
-        values["image_size"] = 4 * patch
+        stages = fields.get("depths", ())
+        least = patch * 2 ** len(stages) if isinstance(stages, (list, tuple)) else 0  # each stage halves it
+        values["image_size"] = min(side, max(4 * patch, least, 2 * (fields.get("output_stride") or 0)))
     for name, token in SPECIAL.items():
         if name in fields and not isinstance(values.get(name, fields[name]), int) and rules:
             values[name] = token

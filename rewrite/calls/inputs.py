@@ -12,7 +12,7 @@ import torch
 from ..errors import Refused
 
 PRIMES = (3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
-MEDIA = {"pixel_values": "image", "input_features": "audio"}
+MEDIA = {"pixel_values": "image", "input_features": "audio", "input_values": "audio"}
 CACHES = ("past_key_values", "cache_params")
 
 
@@ -150,6 +150,9 @@ class Examples:
         if features is not None:
             return self.floats(self.sizes.batch, self.sizes.length, features)
         bins, positions = setting(self.config, "num_mel_bins"), setting(self.config, "max_source_positions")
+        each = setting(self.config, "audio_length_per_tok")
+        if bins is not None and each is not None:  # every token has its own frames
+            return self.floats(self.sizes.batch, bins, each * self.sizes.length)
         if bins is None or positions is None:
             raise Refused(f"{type(self.model).__name__}: no example for input_features can be made from this config. Hand one over: example={{…}}.")
         strides = [m.stride[0] for m in self.model.get_encoder().modules() if isinstance(m, torch.nn.Conv1d)]
@@ -180,6 +183,7 @@ class Examples:
             yield self.inputs(without=missing), (f"captured without {', '.join(missing)}: {str(reason).splitlines()[0]} Hand one over: example={{…}}",)
             return
         yield whole, ()
+        yield from ((beside, ()) for beside in self._with_what_it_reads(whole))
         if "input_ids" not in whole:
             return
         if "decoder_input_ids" in whole:  # a head that reads one place of the decoder makes them of input_ids
@@ -193,14 +197,36 @@ class Examples:
         alone = {name: value for name, value in whole.items() if name not in MEDIA}
         yield alone, (f"captured without {', '.join(others)}: no example that the model accepts can be made from its config. Hand one over: example={{…}}",)
 
+    def _with_what_it_reads(self, whole):
+        """The inputs with those beside them that the forward names and some models cannot do without, for each layout of the images that has a name."""
+        batch, length = self.sizes.batch, self.sizes.length
+        side, latents = 4, setting(self.config, "latent_query_num", default=1)
+        image = whole.get("pixel_values")
+        pixels = lambda: {"pixel_values": self.floats(batch, side * side, image.shape[1] * setting(self.config, "patch_size", default=16) ** 2)}
+        rectangles = lambda: torch.cat((torch.zeros(batch, length, 2), torch.rand(batch, length, 2, generator=self.generator)), 2).to(self.device, self.dtype)
+        whole_map = lambda: torch.tensor([[side, side]] * batch, device=self.device)
+        places = lambda: (torch.arange(length, device=self.device) < latents).long().expand(batch, length).contiguous()
+        noise = lambda: self.floats(batch, setting(self.config, "chunk_size", default=1), setting(self.config, "max_action_dim", default=1))
+        cameras = lambda: {"pixel_values": image.unsqueeze(1), "pixel_attention_mask": torch.ones(batch, 1, dtype=torch.bool, device=self.device)}
+        readers = (  # (what the forward names, what goes with it)
+            ("bbox", lambda: {"bbox": rectangles()}),
+            ("image_attention_mask", lambda: {"pixel_values": image.unsqueeze(1), "image_attention_mask": torch.ones(batch, length, 1, dtype=torch.long, device=self.device)}),
+            ("image_embeds_position_mask", lambda: {"image_embeds_position_mask": places()}),
+            ("spatial_shapes", lambda: {**pixels(), "spatial_shapes": whole_map(), "pixel_attention_mask": torch.ones(batch, side * side, dtype=torch.long, device=self.device)}),
+            ("state", lambda: {**cameras(), "noise": noise(), "timestep": self.floats(batch).sigmoid()}),
+        )
+        for name, make in readers:
+            if name in self.parameters and (image is not None or name == "bbox"):
+                yield {**whole, **make()}
+
     def _placed(self, whole):
         """The inputs with the tokens in `input_ids` that an image (or audio) takes the places of; None where the model does not say how many."""
         ids, found = whole["input_ids"], False
-        for name, kind in MEDIA.items():
-            token, encode = setting(self.config, f"{kind}_token_id", f"{kind}_token_index"), getattr(self.model, f"get_{kind}_features", None)
-            if name not in whole or token is None or encode is None:
+        for name, kind in (*MEDIA.items(), ("pixel_values", "video")):
+            token, encode = setting(self.config, f"{kind}_token_id", f"{kind}_token_index"), self._encoder(kind)
+            if name not in whole or token is None or encode is None or (kind == "video" and found):
                 continue
-            beside = self._beside(encode, whole[name])
+            beside = self._beside(encode, whole)
             for given in (whole[name], whole[name].unsqueeze(1)):  # some take a number of images for each row
                 try:
                     with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -218,12 +244,18 @@ class Examples:
         masks = {"attention_mask": self.mask(ids.shape[1])} if "attention_mask" in whole else {}
         return {**whole, "input_ids": ids, **masks}
 
-    def _beside(self, encode, value):
-        """What an encoder asks for beside its images or its frames: the size of each image, a mask of the frames."""
+    def _encoder(self, kind):
+        """What gives the vectors of an image, a video or a sound: the model's own method, or that of the model inside it."""
+        name = f"get_{kind}_features"
+        return next((getattr(module, name) for module in self.model.modules() if hasattr(module, name)), None)
+
+    def _beside(self, encode, whole):
+        """What an encoder asks for beside its images or its frames: the size of each image, a mask of the frames, the text that asks of the image."""
         asked = [name for name, p in inspect.signature(encode).parameters.items() if p.default is p.empty and name in self.parameters]
         makers = {
-            "image_sizes": lambda: torch.tensor([value.shape[-2:]] * self.sizes.batch, device=self.device),
-            "input_features_mask": lambda: torch.ones(value.shape[0], value.shape[-1], dtype=torch.long, device=self.device),
+            "image_sizes": lambda: torch.tensor([whole["pixel_values"].shape[-2:]] * self.sizes.batch, device=self.device),
+            "input_features_mask": lambda: torch.ones(self.sizes.batch, whole["input_features"].shape[-1], dtype=torch.long, device=self.device),
+            "qformer_input_ids": lambda: whole["qformer_input_ids"],
         }
         return {name: makers[name]() for name in asked if name in makers}
 
@@ -236,9 +268,11 @@ class Examples:
             "input_values": self.audio,
             "flattened_patches": self.patches,
             "decoder_input_ids": lambda: self.ids(self.sizes.target),
+            "qformer_input_ids": lambda: self.ids(self.sizes.length),
+            "state": lambda: self.floats(self.sizes.batch, setting(self.config, "max_state_dim", default=1)),
         }
         found = {name: make() for name, make in makers.items() if name in self.parameters and name not in without}
-        if self.model.main_input_name not in found and not (self.model.main_input_name == "inputs" and "pixel_values" in found):  # its other name
+        if self.model.main_input_name not in found and not (self.model.main_input_name == "inputs" and {"pixel_values", "input_ids"} & found.keys()):  # its other names
             raise Refused(
                 f"{type(self.model).__name__}: no example for {self.model.main_input_name!r} can be made from its config.\n"
                 "Hand one over: example={…}."
