@@ -31,7 +31,7 @@ from typing import Callable
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]  # this file is not a package of that name
 
 import torch  # noqa: E402
-from rewrite.kernels import chips, dequant_fp4, dequant_fp8, dequant_int4, dequant_int8, dequant_mxfp4, dequant_nf4, few_rows  # noqa: E402
+from rewrite.kernels import chips, dequant_fp4, dequant_fp8, dequant_int4, dequant_int8, dequant_mxfp4, dequant_nf4, few_rows, liger  # noqa: E402
 from rewrite.kernels import dora_linear as dora_linears  # noqa: E402
 from rewrite.kernels import dora_norm as norm  # noqa: E402
 from rewrite.kernels import gated_linear as gated  # noqa: E402
@@ -433,6 +433,51 @@ def linear_cross_entropy(device, dtype):
         yield Row("linear_cross_entropy", f"{m} × ({n} × {k})", make, size * (2 * n * k + 2 * m * k), 4 * m * n * k, True, missing)
 
 
+def of_liger(device, dtype):
+    """A step of a model's own norm, positions and gate: plain PyTorch, and the library behind the same op. On a GPU alone. A gate reads copies, for its backward writes over them."""
+    if not _runs_liger(device):
+        return
+    for m, k, inner in itertools.product((1024, 16384), (4096, 8192), (11008,)):
+        def norm(new, m=m, k=k):
+            x, w = new(m, k).requires_grad_(), new(k).requires_grad_()
+            ways = {name: Way(lambda f=f: f(x, w, 1e-5), (x, w)) for name, f in (("plain ops", liger.rms_norm.reference), ("rms_norm", liger.rms_norm.launch))}
+
+            def exact():
+                few, full = doubles(x[:CHECKED], w)
+                return Way(lambda: full * few * torch.rsqrt(few.square().mean(-1, keepdim=True) + 1e-5), (few, full))
+
+            return ways, exact
+
+        def positions(new, m=m, k=k):
+            heads, angles = k // 128, new(1, 1, m // 4, 64)
+            q, k = (new(4, m // 4, n, 128).transpose(1, 2).requires_grad_() for n in (heads, heads // 4))
+            cos, sin = (f(torch.cat([angles, angles], -1)) for f in (torch.cos, torch.sin))
+            both = lambda f: lambda: torch.cat(f(cos, sin, q, 64, k, 64), 1)  # noqa: E731
+            ways = {name: Way(both(f), (q, k)) for name, f in (("plain ops", liger.ropes.reference), ("ropes", liger.ropes.launch))}
+
+            def exact():
+                wide = doubles(q, k)
+                return Way(lambda: torch.cat(liger.ropes.reference(cos.double(), sin.double(), wide[0], 64, wide[1], 64), 1), wide)
+
+            return ways, exact
+
+        def gate(new, m=m, inner=inner):
+            e, g = (new(m, inner).requires_grad_() for _ in range(2))
+            ways = {name: Way(lambda f=f: f(e.clone(), g.clone()), (e, g)) for name, f in (("plain ops", liger.swiglu.reference), ("swiglu", liger.swiglu.launch))}
+
+            def exact():
+                few = doubles(e[:CHECKED], g[:CHECKED])
+                return Way(lambda: F.silu(few[0]) * few[1], few)
+
+            return ways, exact
+
+        size = torch.finfo(dtype).bits // 8
+        yield Row("of_liger", f"rms_norm, {m} × {k}", norm, size * 5 * m * k, 0, True)
+        yield Row("of_liger", f"ropes, {m} × {k} and a fourth", positions, size * 5 * m * k, 0, True)
+        if k == 4096:
+            yield Row("of_liger", f"swiglu, {m} × {inner}", gate, size * 8 * m * inner, 0, True)
+
+
 def _runs_liger(device):
     return device.type == "cuda" and bool(_installed("liger_kernel", "liger-kernel"))
 
@@ -566,7 +611,7 @@ def grouped_loras(device, dtype):
 #: an op's author adds a function here
 OPS = (
     lora_linear, linear_nf4, linear_int4, lora_nf4, gated_mlp, grouped_linear, dora_linear, lora_linears, linear_cross_entropy, grouped_lora, grouped_loras,
-    linear_int8, linear_fp8, linear_mxfp4, linear_fp4, lora_dropout, dora_norm, dequantise,
+    linear_int8, linear_fp8, linear_mxfp4, linear_fp4, lora_dropout, of_liger, dora_norm, dequantise,
 )  # fmt: skip
 
 

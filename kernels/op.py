@@ -5,6 +5,9 @@
     reference   the op in plain torch: documentation, oracle, pattern of `fuse`, fall-back, ONNX expansion
     launch      what eager code calls; a registered op costs more on the way in than the plain ops that it replaces
     overload    torch.ops.rewrite.<file>.default: one node for torch.compile, torch.export and our own graphs; it carries both
+
+What an op may say of itself for `fuse`: `over`, `uncoded`, `turned`, `pattern` (rewrite/occurrence); `everywhere`, found in the model's own nodes too; `unfit`, why it does not stand for
+an occurrence, or None; `sign`, what an occurrence cannot be without; `shared`, how many first arguments those have in common that become one op.
 """
 
 import torch

@@ -32,13 +32,19 @@
     -->
     loss = linear_cross_entropy(x, w, b, labels shifted, items)      no logits: the call gives the loss alone
 
+    norms, rotary positions and gates, the model's own among them, with "library": "liger"
+    -->
+    rms_norm(x, w, eps)      ropes(cos, sin, q, half, k, half)      swiglu(e, g)      …      (kernels/liger)
+
 Nothing changes but the order of roundings: sums are made in one op, which keeps less for backward. What stays as it is, and why, is in the
 report. Put it last: other passes look for what it has replaced.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from rewrite.kernels import liger
 from rewrite.kernels.dora_linear import dora_linear
 from rewrite.kernels.gated_linear import ACTIVATIONS, gated_linear
 from rewrite.kernels.grouped_lora import grouped_lora, grouped_loras
@@ -59,27 +65,37 @@ from rewrite.fuse import fuse
 
 @dataclass(frozen=True)
 class Fuse(Pass):
-    """logits: false, and a call with labels in training mode gives the loss alone, which a causal language model then makes without them."""
+    """logits: false, and a call with labels in training mode gives the loss alone, which a causal language model then makes without them.
+    library: whose kernels run the model's own norms, rotary positions and gates on a GPU where it is installed; elsewhere they stay what they are."""
 
     logits: bool = True
+    library: Literal["liger"] | None = None
 
     drift = 1e-6
     example = {}
     shown_after = ({"pass": "lora", "where": "attention.{q,v}", "rank": 4},)
 
     def requires(self, graph):
-        if self.logits and not any("made" in node.meta for part in graph.all() for node in part.nodes):
+        if self.logits and self.library is None and not any("made" in node.meta for part in graph.all() for node in part.nodes):
             return "no pass before it has added anything. Put it after the passes whose work is to be fused."
 
     def apply(self, edit, sites):
         coded = {node.target.made_by.name for node in edit.graph.nodes if hasattr(node.target, "made_by")}
         formats = [None, *(name.removeprefix("dequant_") for name in sorted(coded) if name.startswith("dequant_"))]
         called = {str(node.target).split(".")[1] for node in edit.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
-        return fuse(edit, ops(formats, [act for act in ACTIVATIONS if act.removesuffix("_tanh") in called]), together, in_turn, lambda: [] if self.logits else fuse_loss(edit, linear_cross_entropy))
+        known = ops(formats, [act for act in ACTIVATIONS if act.removesuffix("_tanh") in called])
+        if self.library is not None:
+            known += of_liger()
+            note = f'{self.library}: {reason}. What "library" asks for runs as plain PyTorch here' if (reason := liger.missing()) else None
+            if note is not None and note not in edit.report.notes:
+                edit.report.notes.append(note)
+        return fuse(edit, known, together, in_turn, lambda: [] if self.logits else fuse_loss(edit, linear_cross_entropy))
 
 
 def together(ops):
-    """The op of several with adapters that read one x."""
+    """The op of several with adapters that read one x, or of the positions of q and k."""
+    if all(op is liger.rope for op in ops) and len(ops) <= 2:
+        return liger.ropes if len(ops) == 2 else ops[0]
     if not all(hasattr(op, "counts") for op in ops) or len({op.format for op in ops}) > 1:
         return None
     return lora_linears(tuple(n for op in ops for n in op.counts), ops[0].format)
@@ -113,3 +129,12 @@ def ops(formats, activations):
         (linear_mxfp4, {"x": new(3, 32), "b": new(7), "codes": new(7, 16, dtype=torch.uint8), "scales": new(7, 1, dtype=torch.uint8), "shape": [7, 32]}),
         (grouped_lora, {**rows, "down": new(5, 2, 6), "up": new(5, 7, 2), "slot": new(3, dtype=torch.int64), "mask": new(3, dtype=torch.bool)}),
     ]
+
+
+def of_liger():
+    """As `ops`, for what the library has. A narrow x tells what was rounded to its dtype from what was made wide."""
+    new = lambda *shape, dtype=torch.float32: torch.zeros(shape, dtype=dtype)  # noqa: E731
+    norm = {"x": new(3, 4, 6, dtype=torch.bfloat16), "w": new(6, dtype=torch.bfloat16)}
+    gate = {"e": new(3, 6), "g": new(3, 6)}
+    positions = {"cos": new(2, 1, 4, 26), "sin": new(2, 1, 4, 26), "x": new(2, 5, 4, 26), "half": 13}
+    return [(liger.rms_norm, norm), (liger.rms_norm_offset, norm), (liger.rope, positions), (liger.swiglu, gate), (liger.geglu, gate)]

@@ -36,10 +36,13 @@ def fuse(edit, ops, together=None, in_turn=None, beside=None):
         if op not in known:
             with torch.random.fork_rng(devices=()):  # a reference may draw; the user's generator stands still
                 known[op] = patterns(op, values)
-    found, reasons = occurrences(graph.fx, [p for op, _ in ops for p in known[op]])
-    found = [o for o in found if any("made" in n.meta for n in (o.root, *o.inner, *o.args) if isinstance(n, fx.Node))]  # the model's own ops are its own
+    found, reasons = [], {}
+    for sign in dict.fromkeys(getattr(op, "sign", None) for op, _ in ops):  # each by itself, so that a reason is that of the op asked for
+        these = [p for op, _ in ops if getattr(op, "sign", None) is sign for p in known[op]]
+        more, reasons[sign] = occurrences(graph.fx, these, _declines, [n for o in found for n in (o.root, *o.inner)])
+        found += more
     sites, fused = [], {}
-    for occurrence in found:
+    for occurrence in sorted(found, key=lambda o: o.root):
         occurrence = replace(occurrence, args=tuple(fused.get(arg, arg) if isinstance(arg, fx.Node) else arg for arg in occurrence.args))
         root = occurrence.root
         near = next((n for n in (root, *occurrence.inner) if "site" in n.meta), root)
@@ -66,12 +69,20 @@ def fuse(edit, ops, together=None, in_turn=None, beside=None):
         _in_turn(graph, in_turn)
     edit.by_name = {node.name: node for node in graph.nodes}
     edit.restructured = True
-    edit.declined += _left(graph, reasons)
+    edit.declined += _left(graph, reasons.pop(None, {}), reasons)
     others = [] if beside is None else beside()
     if not sites and not others and (edit.main or graph.is_inner):
         shown = "\n".join(f"{path}: {reason}" for path, reason in edit.declined[:5])
         raise Refused(f"{edit.step.place}: {edit.kind}: nothing to fuse.\n{shown}\nLeave the pass out.")
     return [*((path, joined.get(node, node.target.made_by.name)) for path, node in sites), *others]
+
+
+def _declines(occurrence):
+    """Why an op does not stand for an occurrence of its reference, or None."""
+    op = occurrence.op
+    if not getattr(op, "everywhere", False) and not any("made" in n.meta for n in (occurrence.root, *occurrence.inner, *occurrence.args) if isinstance(n, fx.Node)):
+        return "it is the model's own"
+    return op.unfit(occurrence) if hasattr(op, "unfit") else None
 
 
 def _apart(occurrence):
@@ -126,8 +137,9 @@ def _together(graph, together):
     alike, joined = {}, {}
     for node in graph.nodes:
         if "fused" in node.meta and hasattr(node.target, "made_by") and together([node.target.made_by]) is not None:
-            alike.setdefault((node.args[0], node.meta.get("site", "").rpartition(".")[0], node.meta.get(REGION)), []).append(node)
-    for (x, *_), nodes in alike.items():
+            path = node.meta.get("site", node.meta.get("path", "")).rpartition(".")[0]
+            alike.setdefault((node.args[: _shared(node.target)], path, node.meta.get(REGION)), []).append(node)
+    for (given, *_), nodes in alike.items():
         first = nodes[0]
         nodes = [n for n in nodes if all(a.op == "get_attr" or a < first for a in n.all_input_nodes)]
         op = together([n.target.made_by for n in nodes]) if len(nodes) > 1 else None
@@ -136,9 +148,9 @@ def _together(graph, together):
         for read in dict.fromkeys(a for n in nodes[1:] for a in n.all_input_nodes if not a < first):
             first.prepend(read)  # a tensor of the model may be read anywhere
         with graph.fx.inserting_before(first):
-            made = graph.fx.call_function(op.overload, (x, *(a for n in nodes for a in n.args[1:])))
+            made = graph.fx.call_function(op.overload, (*given, *(a for n in nodes for a in n.args[len(given) :])))
             made.meta = {**first.meta, "fused": tuple(name for n in nodes for name in n.meta["fused"]), "val": tuple(n.meta["val"] for n in nodes), "apart": None}
-            made.meta["together"] = tuple((n.target, len(n.args) - 1, n.meta) for n in nodes)
+            made.meta["together"] = tuple((n.target, len(n.args) - len(given), n.meta) for n in nodes)
             for i, node in enumerate(nodes):
                 part = graph.fx.call_function(operator.getitem, (made, i))
                 part.meta = {**node.meta, "fused": (), "apart": None}
@@ -149,15 +161,21 @@ def _together(graph, together):
     return joined
 
 
+def _shared(target):
+    """How many arguments, from the first on, ops have in common that become one."""
+    return getattr(target.made_by, "shared", 1)
+
+
 def _asunder(graph, node):
     """What `_together` has put together, each by itself again."""
-    x, *rest = node.args
+    common = _shared(node.meta["together"][0][0])
+    given, rest = node.args[:common], node.args[common:]
     parts = {part.args[1]: part for part in node.users}
     for i, (target, width, meta) in enumerate(node.meta["together"]):
-        given, rest = rest[:width], rest[width:]
+        own, rest = rest[:width], rest[width:]
         if i in parts:
             with graph.fx.inserting_before(min(parts[i].users, default=parts[i])):  # where it is read, as before
-                alone = graph.fx.call_function(target, (x, *given))
+                alone = graph.fx.call_function(target, (*given, *own))
             alone.meta = dict(meta)
             parts[i].replace_all_uses_with(alone)
             graph.fx.erase_node(parts[i])
@@ -198,12 +216,26 @@ def _one_by_one(graph, node):
     graph.fx.erase_node(node)
 
 
-def _left(graph, reasons):
-    """(site, reason) for each addition of a pass that stays as it is."""
+def _left(graph, reasons, signs):
+    """(site, reason) for each addition of a pass that stays as it is, and for each node that says that an op of `signs` might stand there: target → reasons."""
     left = {}
     for node in graph.nodes:
         if "site" in node.meta and "fused" not in node.meta:
             key = f"{node.meta['site']} + {node.meta['made']}"
             if node in reasons or key not in left:
                 left[key] = reasons.get(node, "no op stands for what was added there")
+        elif node.target in signs and "made" not in node.meta:
+            left.setdefault(f"{node.meta.get('path', '')}: {node.target.overloadpacket.__name__}", _why(node, signs[node.target]))
     return list(left.items())
+
+
+def _why(sign, reasons):
+    """The reason at the node that ends what begins with a sign: the first one behind it that has any."""
+    seen, ahead = {sign}, [sign]
+    for node in ahead:
+        if node in reasons:
+            return reasons[node]
+        fresh = [user for user in node.users if user not in seen and user.meta.get("path", "").startswith(sign.meta.get("path", "").rpartition(".")[0])]
+        seen.update(fresh)
+        ahead += fresh
+    return "no op stands for what is done there"

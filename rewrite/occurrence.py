@@ -64,8 +64,8 @@ class Differs(Exception):
 
 
 def patterns(op, values):
-    """The variants of an op's reference: `values` gives a small tensor for each tensor argument and a list for each list of sizes; what may be None is
-    left out in one of them.
+    """The variants of an op's reference: `values` gives a small tensor for each tensor argument, a list for each list of sizes and an integer that nothing else
+    in the trace is for each integer; what may be None is left out in one of them.
 
     `op.turned` is the reference as it reads with w stored in × out. Where an op has `over`, the op that makes its w from codes, its patterns are
     those of `op.uncoded`, which takes w itself, with that op in the place of w.
@@ -90,9 +90,10 @@ def _absent(reference):
 def _traced(op, reference, values, absent, turned=()):
     parameters = inspect.signature(op.reference, eval_str=True).parameters
     numbers = {name: 0.8125 + i / 4096 for i, (name, p) in enumerate(parameters.items()) if p.annotation is float}
+    numbers |= {name: value for name, value in values.items() if isinstance(value, int)}
     sizes = {name: value for name, value in values.items() if isinstance(value, list)}
     literals = {value: name for name, value in numbers.items()} | {tuple(value): name for name, value in sizes.items()}
-    tensors = {name: values[name] for name in parameters if name in values and name not in (*absent, *sizes)}
+    tensors = {name: values[name] for name in parameters if isinstance(values.get(name), torch.Tensor) and name not in absent}
     flags = [name for name, p in parameters.items() if p.annotation is bool]
     literals |= {FLAG: name for name in flags}
     fixed = {**dict.fromkeys(absent), **numbers, **sizes, **dict.fromkeys(flags, True)}
@@ -136,9 +137,12 @@ def _coded(pattern, op, names, absent):
     return Pattern(op, root, known, literals, names)
 
 
-def occurrences(graph, found_patterns):
-    """(occurrences in graph order, larger patterns first; node → why the nearest pattern is not there, for each node that ends like one)."""
-    claimed, found, reasons = set(), [], {}
+def occurrences(graph, found_patterns, declines=lambda occurrence: None, claimed=()):
+    """(occurrences in graph order, larger patterns first; node → why the nearest pattern is not there, for each node that ends like one).
+
+    declines(occurrence): why one is not to be taken, or None. What it holds may then be part of another. claimed: nodes that are part of others.
+    """
+    claimed, found, reasons = set(claimed), [], {}
     at = {}
     for node in graph.nodes:
         at.setdefault(node.target, []).append(node)
@@ -151,6 +155,8 @@ def occurrences(graph, found_patterns):
                 taken = next((n for n in (node, *occurrence.inner) if n in claimed), None)
                 if taken is not None:
                     raise Differs(f"%{taken.name} is part of another one", pattern.size)
+                if (reason := declines(occurrence)) is not None:
+                    raise Differs(reason, pattern.size)
             except Differs as reason:
                 if node not in reasons or reason.depth > reasons[node].depth:
                     reasons[node] = reason
@@ -186,13 +192,23 @@ def _agree(pattern, wanted, node, bound):
         if bound.setdefault(wanted, float(node)) != float(node):
             raise Differs(f"{node} and {bound[wanted]} should be one number", len(bound))
         return bound
+    if type(wanted) is int and wanted in pattern.literals:
+        if type(node) is not int or bound.setdefault(wanted, node) != node:
+            raise Differs(f"{node} stands where another whole number should", len(bound))
+        return bound
     if isinstance(wanted, list) and tuple(wanted) in pattern.literals:
         if not isinstance(node, (list, tuple)) or bound.setdefault(tuple(wanted), list(node)) != list(node):
             raise Differs(f"{node} stands where other sizes should", len(bound))
         return bound
+    if isinstance(wanted, list) and any(isinstance(each, fx.Node) for each in wanted):
+        if not isinstance(node, list) or len(node) != len(wanted):
+            raise Differs(f"{node} stands where {len(wanted)} tensors should", len(bound))
+        for ours, given in zip(wanted, node):
+            bound = _agree(pattern, ours, given, bound)
+        return bound
     if isinstance(wanted, torch.dtype) and isinstance(node, fx.Node) and node.target is dtype_of:
-        x = next((n for p, n in bound.items() if p in pattern.names), node.args[0])
-        if x.meta["val"].dtype != node.args[0].meta["val"].dtype:
+        ours, x = next(((p, n) for p, n in bound.items() if p in pattern.names), (None, node.args[0]))
+        if x.meta["val"].dtype != node.args[0].meta["val"].dtype or (ours is not None and ours.meta["val"].dtype != wanted):
             raise Differs(f"%{node.name} is not the dtype of %{x.name}", len(bound))
         return bound
     if isinstance(wanted, bool) and FLAG in pattern.literals:
