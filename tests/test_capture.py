@@ -482,6 +482,26 @@ def test_a_difference_between_modes_that_is_no_argument_stays_a_call():
     check_toy(Stack(Mode()), opaque=["between"])
 
 
+class Asked(nn.Module):
+    """Dropouts that the code asks for in training alone, drawn in another order than they are read in; `then`: what else it does there."""
+
+    def __init__(self, then=lambda x: x):
+        super().__init__()
+        self.inner, self.then = nn.Linear(8, 8), then
+
+    def forward(self, x):
+        y = self.inner(x)
+        if self.training:
+            x, y = nn.functional.dropout(x, 0.2), nn.functional.dropout(self.then(y), 0.4)
+        return y.relu() + x @ self.inner.weight
+
+
+def test_dropout_that_is_asked_for_in_training_alone():
+    graph = check_toy(Stack(Asked()))
+    assert [n.args[1] for n in graph.nodes if n.target is torch.ops.aten.dropout.default] == [0.2, 0.4, 0.3]
+    check_toy(Stack(Asked(then=lambda x: x * 2)), opaque=["between"])
+
+
 class Norm(nn.Module):
     def __init__(self):
         super().__init__()

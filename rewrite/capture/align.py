@@ -67,7 +67,7 @@ class Difference:
 
 @dataclass(eq=False)
 class Cast:
-    """A cast that their run alone made, as ours had that dtype already: of our node `source`, before our node `before`."""
+    """What their run alone made of our node `source`, before our node `before`: a cast, as ours had that dtype already, or the dropout of training."""
 
     theirs: fx.Node
     source: object
@@ -110,7 +110,7 @@ class Alignment:
                     self.differences.append(Difference(other, "dtype", (), other.meta["val"].dtype, None))
                 place += 1
                 other = first[place] if place < len(first) else None
-            if other is not None and self._is_cast(node) and not self._same_cast(other, node):
+            if other is not None and (self._is_cast(node) or self._is_dropout(node)) and not self._same_cast(other, node):
                 self.pairs[node] = Cast(node, self.pairs[_laid_out(node.args[0])], other)
                 continue
             if other is None or node.op != other.op or (node.op not in ("placeholder", "output") and node.target != other.target):
@@ -143,6 +143,11 @@ class Alignment:
     @staticmethod
     def _is_cast(node):
         return node.target is aten.to.dtype and node.args[0].meta["val"].dtype != node.meta["val"].dtype
+
+    @staticmethod
+    def _is_dropout(node):
+        """Whether a dropout is at work, as where the code asks for it in training alone: in eval mode it would hand its input on."""
+        return node.target is aten.dropout.default and node.args[2] is True
 
     def _same_cast(self, ours, theirs):
         return ours.target is theirs.target and self._means(theirs.args[0], ours.args[0])

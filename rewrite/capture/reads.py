@@ -27,6 +27,9 @@ class Merge:
         self.made = {}
 
     def apply(self):
+        for cast in self.alignment.pairs.values():  # in the order of their run, which is that of the draws
+            if isinstance(cast, Cast) and cast.theirs.target is aten.dropout.default:
+                self._cast(cast)
         for read in self.alignment.reads:
             self._write(read, self._cast(read.theirs))
         for difference in self.alignment.differences:
@@ -73,9 +76,14 @@ class Merge:
         return made
 
     def _cast(self, cast):
-        """Our node for a cast that the other run alone made."""
+        """Our node for a cast, or a dropout, that the other run alone made."""
         if isinstance(cast, fx.Node):
             return cast
+        if cast not in self.made and cast.theirs.target is aten.dropout.default:
+            source, path = self._cast(cast.source), cast.theirs.meta.get("path", "")
+            made = self._before(cast.before, "call_function", aten.dropout.default, (source, cast.theirs.args[1], self._flag(cast.before, path)))
+            made.meta = {key: cast.theirs.meta[key] for key in ("path", "call", "source") if key in cast.theirs.meta} | {"val": source.meta["val"]}
+            self.made[cast], self.partner[made] = made, cast.theirs
         if cast not in self.made:
             source = self._cast(cast.source)
             ours, theirs = source.meta["val"].dtype, cast.theirs.meta["val"].dtype
