@@ -529,6 +529,18 @@ def test_numbers_from_outside_of_torch_stay_a_call():
         capture(Random().eval(), (torch.randn(2, 7, 8),))
 
 
+class Hiding(nn.Module):
+    def forward(self, x):
+        lowest = torch.tensor(torch.finfo(x.dtype).min, dtype=x.dtype, device=x.device)
+        return torch.where(x > 0, x, lowest).softmax(-1)
+
+
+def test_the_least_number_of_a_dtype_made_a_tensor_is_that_of_the_dtype_at_hand():
+    graph = check_toy(model := Stack(Hiding()))
+    x = torch.randn(3, 9, 8, dtype=torch.bfloat16)
+    assert torch.equal(model.eval().bfloat16()(x), Run(graph, copied(graph).eval().bfloat16())(x)[0])
+
+
 class Held(nn.Module):
     def __init__(self):
         super().__init__()

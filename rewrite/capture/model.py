@@ -194,6 +194,7 @@ class _Capture:
         result = trace(self.model, self.variant, training=training, cast=cast, seed=seed, least=least, opaque=opaque, stamp=self.stamp)
         keep_checks(result)
         tidy(result.graph)
+        _write_extremes(result)
         for node in result.graph.nodes:
             if node.op == "call_function" and node.target not in HOST and not isinstance(node.target, torch._ops.OpOverload):
                 raise Misaligned(node.meta.get("path", ""), f"{node.target} is no op of a graph")
@@ -258,12 +259,7 @@ class _Capture:
                 words = f"{place}: a tensor is made from random numbers outside of torch while the model runs; each call would get the same."
                 raise Misaligned(node.meta.get("path", ""), words)
             if value.dim() == 0 and value.device.type == "cpu" and value.dtype == other.dtype:
-                with ours.graph.inserting_before(node):
-                    written = {"dtype": value.dtype, "device": value.device}
-                    number = ours.graph.call_function(torch.ops.aten.scalar_tensor.default, (value.item(),), written)
-                number.meta = dict(node.meta)
-                node.replace_all_uses_with(number)
-                ours.graph.erase_node(node)
+                _write_number(ours.graph, node, value)
 
     def _install(self, ours):
         """The tensors made while tracing that stay become buffers of their module."""
@@ -302,6 +298,23 @@ class _Capture:
 def _main_dtype(model):
     counts = Counter(p.dtype for p in model.parameters() if p.dtype.is_floating_point)
     return counts.most_common(1)[0][0] if counts else torch.get_default_dtype()
+
+
+def _write_number(graph, node, value):
+    """Write a single number in place of the constant tensor that holds it."""
+    with graph.inserting_before(node):
+        number = graph.call_function(torch.ops.aten.scalar_tensor.default, (value.item(),), {"dtype": value.dtype, "device": value.device})
+    number.meta = dict(node.meta)
+    node.replace_all_uses_with(number)
+    graph.erase_node(node)
+
+
+def _write_extremes(run):
+    """The least or greatest number of a dtype is a number before the runs are compared: in another dtype it is another one, and nothing was drawn."""
+    for node in list(run.graph.nodes):
+        value = run.constants.get(node.target) if node.op == "get_attr" else None
+        if value is not None and value.dim() == 0 and value.device.type == "cpu" and value.is_floating_point() and abs(value.item()) == torch.finfo(value.dtype).max:
+            _write_number(run.graph, node, value)
 
 
 def _same(value, other):
