@@ -20,13 +20,13 @@ EXPLAINED = (
     ("opt", "ia3", r"(theirs|ours) alone: attention\.[qv]", "(IA)³ scales keys and values; the table names q_proj and k_proj and leaves v_proj out. One token: its output is v whatever q and k are, so the table's vectors change nothing."),
     ("bert|roberta|deberta.*", "ia3", r"theirs alone: attention\.o", "`output.dense` ends two paths, `attention.output.dense` too. Zero the values of a layer: that weight gives its bias alone, so it stands behind attention, not in the MLP."),
     ("mt5", "ia3", r"(theirs|ours) alone: mlp\.(up|down)", "(IA)³ scales what the down projection takes. `wi_1` makes one factor of it, so scaling its output is the same for every input: act(wi_0 x) · (l · wi_1 x)."),
-    ("mixtral", "ia3", r"no module: w2|ours alone: mlp\.down", "The table names modules of an older transformers; the experts are one 3-D weight now. `model.named_modules()` has no w2."),
+    ("mixtral", "ia3", r"no module: w2", "The table names modules of an older transformers; the experts are one 3-D weight now. `model.named_modules()` has no w2."),
     ("phi", "lora", r"theirs alone: mlp\.(up|down)", "The table takes the MLP too, by choice: fc1 and fc2 are mlp.up and mlp.down by our roles, for every input."),
-    ("rwkv", "lora", r"theirs alone: linear.*|theirs alone: mixer.*|no role: .*", "No attention: the products with k, v and r are a recurrence over the tokens. A block that stays one call to the original has plain linears inside."),
+    ("rwkv", "lora", r"theirs alone: linear.*|theirs alone: mixer.*|no role: .*", "No attention: r gates a running mean of v, weighted by exp(k) that decays with distance; no score of two tokens is made. Any input: that sum, written out, is the block's output. A block that stays one call to the original has plain linears inside."),
     ("qwen2|qwen3", "norms", r"ours alone: norm", "The table names one norm of a block, by choice. `input_layernorm`, the last `norm` (and Qwen3's q_norm and k_norm) divide by the root of the mean square too: any input."),
-    (".*", "norms", r"ours alone: norm", "The table leaves norms out that divide by mean square or deviation as those that it names do: any input, scaled by 2, gives the same behind both."),
+    (".*", "norms", r"ours alone: norm", "The table leaves norms out that divide by mean square or deviation as those that it names do: any input, scaled by 2, gives the same behind both, up to their eps."),
     (".*", "norms", r"no module: .*", "The table names a norm of another variant of the architecture. `model.named_modules()` of this config has none of that name."),
-    ("llava", "norms", r"theirs alone: (embed|head).*|no role: multi_modal_projector.*", "LN tuning of LLaVA, by its authors' choice, trains embeddings, head and projector whole; those are no norms: an input scaled by 2 gives twice the output behind the head."),
+    ("llava", "norms", r"theirs alone: (embed|head).*|no role: (model\.)?multi_modal_projector.*", "LN tuning of LLaVA, by its authors' choice, trains embeddings, head and projector whole; those are no norms: an input scaled by 2 gives twice the output behind the head."),
 )  # fmt: skip
 
 

@@ -48,7 +48,7 @@ WIDTHS = (
     (r"qk_nope_head_dim", 8),
     (r"(kv|q|o)_lora_rank|lora_rank\w*", 16),
     (r"\w*intermediate_size|\w*ffn_dim|d_ff|n_inner|ffn_hidden_size|inner_dim|mlp_dim|\w*ffn_hidden_size|hidden_dim", 56),
-    (r"hidden_size(_global)?|d_model|n_embd|dim|embed_dim|embedding_size|projection_dim|\w*hidden_size|d_embed|word_embed_proj_dim|decoder_hidden_size", 32),
+    (r"hidden_size(_global)?|d_model|n_embd|dim|emb_dim|embed_dim|embedding_size|projection_dim|\w*hidden_size|d_embed|word_embed_proj_dim|decoder_hidden_size", 32),
     (r"state_size|(mamba_)?d_state|\w*state_dim", 8),
 )
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -72,7 +72,8 @@ HINTS = {
     "dbrx": dict(attn_config=dict(kv_n_heads=2, clip_qkv=8, rope_theta=10000.0)),
     "molmo2_adapter": dict(vision_feature_layer=[1, 0]),
     "vipllava": dict(vision_feature_layers=[-2, -1]),
-    "chameleon": dict(vocabulary_map={"<image>": 7}),
+    "chameleon": dict(vocabulary_map={"<image>": 7, **{f"IMGIMG{'ABCDEFGHIJ'[n]}Z": 100 + n for n in range(8)}}),
+    "chameleon_vqgan": dict(base_channels=32, channel_multiplier=[1, 1], embed_dim=16, latent_channels=16, num_embeddings=8, resolution=32),
     "emu3": dict(vocabulary_map={"<image>": 7}),
     "dots3_note_text": dict(per_layer_config={}),
     "dots3_note_vision_encoder": dict(mlp_layer_types=["dense", "sparse"], adapter_in_dim=32, adapter_out_dim=32),
@@ -112,7 +113,7 @@ HINTS = {
     "shieldgemma2": dict(mm_tokens_per_image=4, yes_token_index=7, no_token_index=9),
     "timm_wrapper": _RESNET,
     "fast_vlm": dict(vision_config=dict(model_type="timm_wrapper", hidden_size=24, **_RESNET)),
-    "gemma3n": dict(vision_config=dict(model_type="gemma3n_vision", hidden_size=24, vocab_size=8, vocab_offset=180, **_RESNET), vision_soft_tokens_per_image=4),
+    "gemma3n": dict(vision_config=dict(model_type="gemma3n_vision", hidden_size=24, vocab_size=10, vocab_offset=180, **_RESNET), vision_soft_tokens_per_image=4),
     "perception_lm": dict(vision_config=dict(model_type="timm_wrapper", architecture="vit_tiny_patch16_224", do_pooling=False, model_args=dict(img_size=64, embed_dim=32, depth=2, num_heads=4))),
     "qwen4_exp_text": dict(layer_types=["linear_attention", "indexed_attention"], num_hidden_layers=2, linear_num_key_heads=2, linear_num_value_heads=4, indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=8, indexer_budget=8, indexer_compress_ratio=2, hc_lowrank=8),
     "blt": dict(num_hidden_layers=2, encoder_hash_byte_group_vocab=64),
@@ -133,6 +134,7 @@ HINTS = {
     "swinv2": _WINDOWS | dict(pretrained_window_sizes=[0, 0]),
     "donut-swin": _WINDOWS,
     "efficientnet": dict(width_coefficient=0.25, depth_coefficient=1.0, hidden_dim=320, image_size=64, num_block_repeats=[1, 2, 1, 1, 1, 1, 1]),
+    "funnel": dict(block_sizes=[2, 1]),
     "cvt": dict(depth=[1, 2, 3]),  # its stage s reads entry s of its own layers' drop rates
     "hgnet_v2": dict(hidden_sizes=[256, 512, 1024, 2048]),
     "textnet": dict(stem_out_channels=16, image_size=[64, 64]),

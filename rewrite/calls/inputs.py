@@ -216,7 +216,7 @@ class Examples:
             ("state", lambda: {**cameras(), "noise": noise(), "timestep": self.floats(batch).sigmoid()}),
         )
         for name, make in readers:
-            if name in self.parameters and (image is not None or name == "bbox"):
+            if name in self.parameters and (image is not None or name == "bbox") and (name != "state" or name in whole):
                 yield {**whole, **make()}
 
     def _placed(self, whole):
@@ -269,8 +269,10 @@ class Examples:
             "flattened_patches": self.patches,
             "decoder_input_ids": lambda: self.ids(self.sizes.target),
             "qformer_input_ids": lambda: self.ids(self.sizes.length),
-            "state": lambda: self.floats(self.sizes.batch, setting(self.config, "max_state_dim", default=1)),
         }
+        robot = setting(self.config, "max_state_dim")  # elsewhere a state is what a recurrence keeps
+        if robot is not None:
+            makers["state"] = lambda: self.floats(self.sizes.batch, robot)
         found = {name: make() for name, make in makers.items() if name in self.parameters and name not in without}
         if self.model.main_input_name not in found and not (self.model.main_input_name == "inputs" and {"pixel_values", "input_ids"} & found.keys()):  # its other names
             raise Refused(
