@@ -28,6 +28,7 @@ aot: $(VENV)/installed-test
 	$(VENV)/bin/python tests/aot_dora.py
 	$(VENV)/bin/python tests/aot_gated.py
 	$(VENV)/bin/python tests/aot_loss.py
+	$(VENV)/bin/python tests/aot_dropout.py
 
 clean:
 	rm -rf $(VENV) demo-out examples/out

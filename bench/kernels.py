@@ -353,26 +353,26 @@ def lora_linears(device, dtype):
 
 
 def lora_dropout(device, dtype):
-    """A step of a linear whose adapter drops entries of x out, p = 0.05, from one seed; F.dropout, which people run, draws others. Seeds are set on the host, which a graph cannot capture."""
+    """A step of a linear whose adapter drops entries of x out, p = 0.05, from one seed; F.dropout, which people run, draws others."""
     for (n, k), rank, m in sizes(device, rows=(512, 4096), ranks=(16,)):
         def make(new, n=n, k=k, rank=rank, m=m):
             x, w, down, up = new(m, k).requires_grad_(), new(n, k) * k**-0.5, (new(rank, k) * k**-0.5).requires_grad_(), new(n, rank).requires_grad_()
-            leaves = (x, down, up)
+            leaves, way = (x, down, up), dropout.way_of(x)
+            drawn = way.dropped(torch.ones_like(x), 0.05, 7)
 
             def separate(drop):
                 return Way(lambda: F.linear(x, w) + 2.0 * F.linear(F.linear(drop(x), down), up), leaves, captured=False)
 
             ways = {
                 "F.dropout": separate(lambda t: F.dropout(t, 0.05)),
-                "plain ops": separate(lambda t: t * dropout.mask(t.detach(), 0.05, 7)),
-                "lora_dropout": Way(lambda: F.linear(x, w).addmm_(dropout.Shrunk.apply(x, down, 0.05, 7), up.t(), alpha=2.0), leaves, captured=False),
+                "plain ops": separate(lambda t: t * drawn),
+                "lora_dropout": Way(lambda: F.linear(x, w).addmm_(dropout.Shrunk.apply(x, down, 0.05, 7, way), up.t(), alpha=2.0), leaves),
                 "LoRA": Way(lambda: lora.launch(x, w, None, down, up, 2.0), leaves, captured=False),
             }
 
             def exact():
                 few, full, *pair = doubles(x[:CHECKED], w, down, up)
-                drawn = dropout.mask(x.detach(), 0.05, 7)[:CHECKED].double()
-                return Way(lambda: F.linear(few, full) + 2.0 * F.linear(F.linear(few * drawn, pair[0]), pair[1]), (few, *pair))
+                return Way(lambda: F.linear(few, full) + 2.0 * F.linear(F.linear(few * drawn[:CHECKED].double(), pair[0]), pair[1]), (few, *pair))
 
             return ways, exact
 

@@ -1,11 +1,19 @@
-"""Dropout by seed: against F.dropout with the same seed, what backward keeps, and `fuse`, in training and in eval."""
+"""Dropout by seed: against F.dropout with the same seed, the Triton body against Philox written anew, what backward keeps, and `fuse`, in training and in eval."""
 
+import functools
+import json
+import subprocess
+import sys
+
+import aot_dropout
+import dropped
 import pytest
 import torch
+from aot import fault
 from checks import TOYS, captured, close, model_of, rejects, rounding, wake
 from interpreted import error
 from rewrite.kernels import dequant_int8
-from rewrite.kernels.lora_dropout import lora_dropout, mask
+from rewrite.kernels.lora_dropout import ByGenerator, Shrunk, lora_dropout, mask
 from test_kernels import allowed
 
 from rewrite import merge, pipeline, rewrite, source
@@ -59,6 +67,56 @@ def test_drawn_as_often_as_said_and_anew_each_time():
     for found in masks:
         assert abs(float((found == 0).float().mean()) - 0.3) < 5 * (0.3 * 0.7 / x.numel()) ** 0.5
     assert abs(float(((masks[0] == 0) & (masks[2] == 0)).float().mean()) - 0.09) < 5 * (0.09 * 0.91 / x.numel()) ** 0.5
+
+
+def test_philox_gives_the_published_numbers():
+    """The vectors of Random123 for counter and key of zeros, of ones, and of π."""
+    ones = 2**32 - 1
+    published = {
+        (0, 0, 0, 0, 0, 0): "6627e8d5 e169c58d bc57ac4c 9b00dbd8",
+        (ones,) * 6: "408f276d 41c83b0e a20bc7c6 6d5451fd",
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0): "d16cfe09 94fdcceb 5001e420 24126ea1",
+    }
+    for (*counter, first, second), numbers in published.items():
+        assert " ".join(f"{int(number):08x}" for number in dropped.philox(counter, (first, second))) == numbers
+
+
+def test_triton_body_under_the_interpreter():
+    """In a process of its own: the interpreter must be chosen before Triton is imported. The entries that stay are Philox's, bit by bit; another seed is told."""
+    done = subprocess.run([sys.executable, dropped.__file__], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads(done.stdout)
+    large, share = report.pop("large"), (0.3 * 0.7) ** 0.5
+    assert report.keys() == dropped.CASES.keys() and large["same"]
+    for name, found in report.items():
+        assert found["same"], name
+        for plain, ours, broken in zip(found["plain"], found["ours"], found["broken"], strict=True):
+            assert ours <= allowed(plain, found["dtype"]), name
+            assert name == "no rows" or broken > allowed(plain, found["dtype"]), name
+    assert all(abs(zeros - 0.3) < 5 * share / large["size"] ** 0.5 for zeros in large["zeros"])
+    assert abs(large["both"] - 0.09) < 5 * (0.09 * 0.91 / large["size"]) ** 0.5  # the next seed's entries are others
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_it_compiles_for_hopper(dtype):
+    found = aot_dropout.compiled(90, dtype)
+    assert fault(90, found) is None, fault(90, found)
+
+
+@pytest.mark.parametrize("trains", [(0,), (1,), (0, 1)], ids=["x", "down", "both"])
+def test_gradients_of_what_is_shrunk(trains):
+    leaves = [t.requires_grad_(i in trains) for i, t in enumerate((torch.randn(4, 6, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)))]
+    shrunk = functools.partial(Shrunk.apply, *leaves)
+    assert torch.autograd.gradcheck(lambda *given: Shrunk.apply(*given, 0.3, 5, ByGenerator), leaves)
+    assert not torch.equal(shrunk(0.3, 5, ByGenerator), shrunk(0.3, 6, ByGenerator))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("case", dropped.CASES)
+def test_on_a_gpu_it_drops_the_same_entries(case):
+    rows, p, seed = dropped.given(case)[0], *dropped.CASES[case][3:5]
+    found = dropped.WAY.dropped(rows.cuda(), p, seed).cpu()
+    assert torch.equal(found, torch.where(dropped.stays(*rows.shape, p, seed), rows.float() * float(torch.tensor(1 / (1 - p))), 0.0).to(rows.dtype))
 
 
 def test_in_eval_it_is_lora_linear():
