@@ -89,6 +89,27 @@ def spread(want, got):
     return max(found, default=0.0)
 
 
+def gradients(model, output):
+    """Gradients by name of all weights that have one, of the loss, or of all outputs where there is none."""
+    output = flat(output)
+    outputs = [output["loss"]] if "loss" in output else [value.square().mean() for value in output.values() if value.is_floating_point() and value.requires_grad]
+    weights = dict(model.named_parameters())
+    for weight in weights.values():
+        weight.grad = None
+    sum(outputs).backward()
+    return {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
+
+
+def is_close(own, found, relative, absolute):
+    """Whether each gradient is the other's, within a share of its own largest entry and one of the largest of all."""
+    largest = max((float(gradient.abs().nan_to_num().max()) for gradient in own.values()), default=0.0)
+    for name, gradient in own.items():
+        apart = (gradient - found.get(name, torch.zeros_like(gradient))).abs().nan_to_num()
+        if float(apart.max()) > relative * float(gradient.abs().nan_to_num().max()) + absolute * largest:
+            return False
+    return True
+
+
 def words(failure):
     lines = [line for line in str(failure).strip().splitlines() if line.strip()]
     return f"{type(failure).__name__}: {' '.join(lines[:2])[:300]}"
@@ -221,13 +242,16 @@ class Judged:
         return inputs | self.uncached
 
     def trains(self):
-        """The same loss (all outputs, where there is none) in training mode from the same seed; running averages alike."""
+        """The same loss (all outputs, where there is none) and gradients in training mode from the same seed; running averages alike."""
         inputs = self._labelled()
         model = copy.deepcopy(self.model)
         own, self.model = self.model, model
         live = copy.deepcopy(self.live)
         try:
             model.train(), live.train()
+            trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+            for name, weight in live.named_parameters():
+                weight.requires_grad_(name in trained)
             try:
                 seed(7)
                 copy.deepcopy(model)(**copy.deepcopy(inputs))
@@ -236,6 +260,7 @@ class Judged:
             want, got = self._both(inputs, 7, live)
             self.found["loss"] = "loss" in flat(want)
             wrong = difference(want, got) and self._apart(inputs, 8, live)
+            wrong = wrong or self._gradients_apart(inputs, want, got, live)
         finally:
             self.model = own
         if wrong:
@@ -245,6 +270,42 @@ class Judged:
             if name in buffers and not torch.equal(value, buffers[name]):
                 return f"buffer {name} differs"
         return "ok"
+
+    def _gradients_apart(self, inputs, want, got, live):
+        """Where the gradient of a weight is not the original's; None where all are.
+
+        Bit for bit; else in float64, where only the order of sums may differ; else, for a model that computes in float32 whatever it is given,
+        within what that rounds.
+        """
+        try:
+            own = gradients(self.model, want)
+        except Exception as failure:  # the original has no gradient here
+            self.found["gradients"] = f"upstream: {words(failure)}"
+            return None
+        found = gradients(live, got)
+        alone = [name for name, gradient in found.items() if name not in own and gradient.any()]
+        if alone:
+            return f"{alone[0]} has a gradient, unlike in the original"
+        apart = [name for name, gradient in own.items() if not torch.equal(gradient, found.get(name, torch.zeros_like(gradient)))]
+        self.found["gradients"] = {"of": len(own), "rounded": len(apart)}
+        if not apart or is_close(own, found, 1e-4, 1e-6) and self._is_close_in_float64(inputs, live):
+            return None
+        worst = max(apart, key=lambda name: float((own[name] - found.get(name, 0)).abs().max() / own[name].abs().max().clamp(min=1e-30)))
+        return f"the gradient of {worst} differs"
+
+    def _is_close_in_float64(self, inputs, live):
+        own, self.model = self.model, copy.deepcopy(self.model).double()
+        try:
+            exact = copy.deepcopy(live).double()
+            wide = {name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value for name, value in inputs.items()}
+            want, got = self._both(wide, 7, exact)
+            if spread(want, got) > 1e-11:
+                return True  # float32 all the same
+            return is_close(gradients(self.model, want), gradients(exact, got), 1e-9, 1e-12)
+        except Exception:  # some kernels have no float64
+            return True
+        finally:
+            self.model = own
 
     def roles(self):
         found = [site for graph in self.graph.all() if graph.name == "forward" or graph.is_inner for site in roles(graph)]

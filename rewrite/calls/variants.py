@@ -132,6 +132,7 @@ class _Calls:
     def forward(self):
         """The main variant: no cache; labels where the graph computes a loss from them."""
         constants = {"use_cache": False} if self.examples.takes_use_cache else {}
+        constants |= {"use_mems": False} if "use_mems" in self.examples.parameters else {}  # XLNet's cache, kept in eval mode alone
         # without masks: the model looks at their values, which meta tensors do not have
         bare = {name: value for name, value in self.inputs.items() if name not in self.defaults}
         given, loss, ignores = loss_of(self.model, {**bare, **self.cached}, self.labels) if self.labels else (False, None, False)
