@@ -226,6 +226,13 @@ def test_a_wrong_spec(run, case):
     text, message = SPECS[case]
     Path("x.json").write_text(text)
     assert message in refused(run, "plan", "llama/config.json", "x.json")
+
+
+@pytest.mark.parametrize("case", ["unknown option", "rank above the weight"])
+def test_a_wrong_spec_leaves_nothing_behind(run, case):
+    """Neither what is wrong before the model is read, nor what the model shows to be wrong."""
+    text, message = SPECS[case]
+    Path("x.json").write_text(text)
     assert message in refused(run, "apply", "llama", "x.json", "--out", "made")
 
 
