@@ -44,10 +44,31 @@ def stand_in(tracer, path, args, kwargs):
         if outputs is None:  # of the input's own sizes, whatever they are made of
             values = [torch.empty(given[0].shape, dtype=given[0].dtype, device=given[0].device)]
         else:
-            values = [_fake(tracer, *entry) if isinstance(entry, tuple) else entry for entry in outputs]
+            values = [_fake(tracer, *entry) if type(entry) is tuple else entry for entry in outputs]
     result = pytree.tree_unflatten(values, made)
-    track_tensor_tree(result, proxy, constant=None, tracer=tracer)
+    track_tensor_tree(_noted(result), proxy, constant=None, tracer=tracer)
     return result
+
+
+def _noted(result):
+    """A result as fx can note it: plain tuples for those that have names, nothing for what no graph can hold."""
+    if type(result) is Unread:
+        return None
+    return tuple(map(_noted, result)) if isinstance(result, tuple) else result
+
+
+class Unread:
+    """What a single call cannot hand back (a cache of the model's own): it may be carried along and dropped, and no code may look at it."""
+
+    def __init__(self, words):
+        object.__setattr__(self, "words", words)
+
+    def _refuse(self, *_):
+        raise TypeError(object.__getattribute__(self, "words"))
+
+    __getattr__ = __setattr__ = __bool__ = __eq__ = __len__ = __iter__ = __getitem__ = __contains__ = __call__ = _refuse
+    __class__ = property(_refuse)  # isinstance asks it
+    __hash__ = object.__hash__
 
 
 def _fake(tracer, shape, dtype, device):
@@ -68,13 +89,13 @@ def _symint(tracer, size):
 def _outputs(tracer, path, given, spec):
     """→ ([(shape of ints and linear expressions, dtype, device) or a constant, …], their tree); None for a list where the first input itself is handed on."""
     hints = dict(tracer.hints)
-    symbols = sorted({s for value in given for s in _symbols(value)} & hints.keys(), key=str)
+    symbols = sorted({s for value in given for s in symbols_of(value)} & hints.keys(), key=str)
     run = _runner(tracer, path, spec)
-    first, tree = run(_sized(given, hints))
+    first, tree = run(sized(given, hints))
     inner = dict(run.calls)
     larger = {symbol: hints[symbol] + 3 + 2 * place for place, symbol in enumerate(symbols)}
     if run.hands_on and not (isinstance(part := attribute(tracer.model, path), torch.nn.Module) and any(True for _ in chain(part.parameters(), part.buffers()))):
-        run(_sized(given, hints | larger))
+        run(sized(given, hints | larger))
         if run.hands_on:
             tracer.training_only.add(path)
             return None, tree
@@ -82,7 +103,7 @@ def _outputs(tracer, path, given, spec):
     grown = [[sympy.Integer(size) for size in shape] if shape is not None else None for shape in shapes]
     for symbol in symbols:
         step = 2
-        other, _ = run(_sized(given, hints | {symbol: hints[symbol] + step}))
+        other, _ = run(sized(given, hints | {symbol: hints[symbol] + step}))
         for shape, sums, value in zip(shapes, grown, other):
             if shape is None:
                 continue
@@ -91,7 +112,7 @@ def _outputs(tracer, path, given, spec):
                 if not factor.is_Integer:
                     raise TypeError(f"{path} returns a size that does not grow evenly with its inputs")
                 sums[dim] += factor * (symbol - hints[symbol])
-    check, _ = run(_sized(given, hints | larger)) if symbols else (first, tree)
+    check, _ = run(sized(given, hints | larger)) if symbols else (first, tree)
     tracer.inner.update((f"{path}.{name}", (*inner[name][:2], run.calls[name][0], inner[name][2])) for name in inner if name in run.calls)
     for sums, value in zip(grown, check):
         if sums is not None and [int(size.subs(hints | larger)) for size in map(sympy.sympify, sums)] != list(value.shape):
@@ -101,7 +122,7 @@ def _outputs(tracer, path, given, spec):
     described = []
     for value, sums in zip(first, grown):
         if sums is None and not isinstance(value, CONSTANTS):
-            raise TypeError(f"{path} returns a {type(value).__name__}, which a single call cannot hand back")
+            value = Unread(f"{path} returns a {type(value).__name__}, which a single call cannot hand back")
         if sums is not None:
             value = tuple(int(size) if size.is_Integer else sympy.expand(size) for size in sums), value.dtype, value.device
         described.append(value)
@@ -113,7 +134,7 @@ def _far(run, given, hints, symbol):
     far = _runner(run.tracer, run.path, run.spec)
     far.attempts = run.attempts[:1]
     for jump in _JUMPS:
-        inputs = _sized(given, hints | {symbol: hints[symbol] + jump})
+        inputs = sized(given, hints | {symbol: hints[symbol] + jump})
         if run.attempts[0] is _numbers and sum(math.prod(value[0]) for value in inputs if isinstance(value, tuple)) > _MOST:
             continue
         try:
@@ -136,9 +157,9 @@ def _require_still(path, symbol, hints, grown, far):
                 raise TypeError(f"{path} returns a size that grows with {symbol} by steps; a single call's sizes are sums of its inputs'")
 
 
-def _symbols(value):
+def symbols_of(value):
     if isinstance(value, torch.Tensor):
-        return {s for size in value.shape for s in _symbols(size)}
+        return {s for size in value.shape for s in symbols_of(size)}
     return value.node.expr.free_symbols if isinstance(value, SIZES) else set()
 
 
@@ -146,7 +167,7 @@ def _number(size, hints):
     return size if not isinstance(size, SIZES) else int(sympy.sympify(size.node.expr).subs(hints))
 
 
-def _sized(given, hints):
+def sized(given, hints):
     """The inputs at sizes of one's own: (shape, dtype, device) for tensors, numbers for sizes."""
     return [
         (tuple(_number(size, hints) for size in value.shape), value.dtype, value.device) if isinstance(value, torch.Tensor) else _number(value, hints)
@@ -155,7 +176,7 @@ def _sized(given, hints):
 
 
 class _runner:
-    """inputs as `_sized` gives them → (flat outputs, tree); on fake tensors, from the first failure on with random ones.
+    """inputs as `sized` gives them → (flat outputs, tree); on fake tensors, from the first failure on with random ones.
 
     `calls`: name of a leaf module inside → (shape, dtype) of the one tensor that the last run gave it, and its part (`_Trail`).
     `hands_on`: whether it gave back its first input itself.
@@ -169,7 +190,7 @@ class _runner:
         while True:
             self.calls = {}
             try:
-                outputs, tree, self.hands_on = _alone(lambda: self.attempts[0](self.tracer, self.path, self.spec, inputs, self.calls))
+                outputs, tree, self.hands_on = alone(lambda: self.attempts[0](self.tracer, self.path, self.spec, inputs, self.calls))
                 return outputs, tree
             except Exception:  # a model's own code may raise anything; with numbers it may go on
                 if len(self.attempts) == 1:
@@ -227,7 +248,7 @@ def _listen(module, calls, trail):
             leaf.register_forward_hook(lambda leaf, args, result, name=name: trail.put(result, frozenset((name,))))
 
 
-def _alone(function):
+def alone(function):
     """Run in a thread of its own: tracing modes belong to a thread."""
     found = {}
 

@@ -41,6 +41,7 @@ from torch.overrides import TorchFunctionMode
 from ..calls.leaves import leaves, rebuild
 from ..graph import attribute, drops
 from .fakes import export_patches, fake_inputs, fake_tree, own_randomness
+from .functions import own_gradients
 from .opaque import stand_in
 from .questions import Guard, Shapes, source_line
 from .stamp import Stamps
@@ -336,7 +337,7 @@ def trace(model, variant, *, training=False, cast=lambda dtype: dtype, seed=0, l
                 own_randomness(seed), torch.enable_grad(), export_patches(model), fake_mode,
                 _NonStrictTorchFunctionHandler(), tracing(TracingContext(fake_mode)), _override_builtin_ops(), _compiling_state_context(),
                 enable_python_dispatcher(), PreDispatchTorchFunctionMode(tracer), Reads(tracer),
-                mode, decompose(decompositions), disable_autocast_cache(), without_metadata(),
+                mode, decompose(decompositions), disable_autocast_cache(), without_metadata(), own_gradients(tracer),
             ):  # fmt: skip
                 stack.enter_context(context)
             try:
