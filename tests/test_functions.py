@@ -232,3 +232,13 @@ def test_a_checkpoint_is_the_function_that_it_runs():
     graph = capture(build(Checkpointed()), {"x": torch.ones(4, 5)})
     assert not graph.opaque
     assert is_same(*both(Checkpointed()))
+
+
+def test_adapters_in_layers_that_are_run_again_get_gradients():
+    live = rewrite.rewrite(build(First()), {"passes": [{"pass": "lora", "where": {"role": "linear", "path": "between.**"}, "rank": 2}]}, {"x": torch.randn(4, 5)}).train()
+    adapters = {name: p for name, p in live.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for p in adapters.values():
+            p.fill_(0.1)
+    live(torch.randn(6, 5)).square().sum().backward()
+    assert len(adapters) == 2 and all(p.grad is not None and p.grad.any() for p in adapters.values())

@@ -27,6 +27,7 @@ CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, torch
 SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _JUMPS = (641, 127, 31)  # beyond the steps by which sizes are learnt; frames of audio are 320 samples
 _MOST = 2**14  # elements of the inputs in a run with numbers at such a jump: what is made of them may grow with their square
+_MADE = 2**26  # elements of any tensor made on the way there
 _LARGEST = 2**27  # elements that are made up for a module whose own tensors have no values
 
 
@@ -135,7 +136,9 @@ def _far(run, given, hints, symbol):
     far.attempts = run.attempts[:1]
     for jump in _JUMPS:
         inputs = sized(given, hints | {symbol: hints[symbol] + jump})
-        if run.attempts[0] is _numbers and sum(math.prod(value[0]) for value in inputs if isinstance(value, tuple)) > _MOST:
+        taken = sum(math.prod(value[0]) for value in inputs if isinstance(value, tuple))
+        made = run.largest * (hints[symbol] + jump) // max(hints[symbol], 1)  # windows and paddings may make much of few inputs
+        if run.attempts[0] is _numbers and (taken > _MOST or made > _MADE):
             continue
         try:
             return hints[symbol] + jump, far(inputs)[0]
@@ -179,18 +182,18 @@ class _runner:
     """inputs as `sized` gives them → (flat outputs, tree); on fake tensors, from the first failure on with random ones.
 
     `calls`: name of a leaf module inside → (shape, dtype) of the one tensor that the last run gave it, and its part (`_Trail`).
-    `hands_on`: whether it gave back its first input itself.
+    `hands_on`: whether it gave back its first input itself. `largest`: the most elements that a tensor made on the way had.
     """
 
     def __init__(self, tracer, path, spec):
         self.tracer, self.path, self.spec = tracer, path, spec
-        self.attempts, self.calls, self.hands_on = [_fakes, _numbers], {}, False
+        self.attempts, self.calls, self.hands_on, self.largest = [_fakes, _numbers], {}, False, 0
 
     def __call__(self, inputs):
         while True:
             self.calls = {}
             try:
-                outputs, tree, self.hands_on = alone(lambda: self.attempts[0](self.tracer, self.path, self.spec, inputs, self.calls))
+                outputs, tree, self.hands_on, self.largest = alone(lambda: self.attempts[0](self.tracer, self.path, self.spec, inputs, self.calls))
                 return outputs, tree
             except Exception:  # a model's own code may raise anything; with numbers it may go on
                 if len(self.attempts) == 1:
@@ -206,7 +209,7 @@ class _Trail(TorchFunctionMode):
 
     def __init__(self):
         super().__init__()
-        self.behind, self.kept, self.reads, self.is_mixer = {}, [], {}, True
+        self.behind, self.kept, self.reads, self.is_mixer, self.largest = {}, [], {}, True, 0
 
     def of(self, values):
         return frozenset().union(*(self.behind.get(id(value), ()) for value in pytree.tree_leaves(values)))
@@ -219,6 +222,8 @@ class _Trail(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.largest = max(self.largest, math.prod(result.shape))
         name = getattr(func, "__name__", "")
         self.is_mixer = self.is_mixer and name not in ("softmax", "scaled_dot_product_attention", "topk")
         if names := self.of((args, kwargs)):
@@ -308,4 +313,4 @@ def _call(module, method, spec, values, calls):
     with trail:
         outputs, tree = pytree.tree_flatten(getattr(module, method)(*args, **kwargs))
     calls.update({name: (*given, trail.part(name, outputs)) for name, given in calls.items()})
-    return outputs, tree, len(outputs) == 1 and outputs[0] is values[0]
+    return outputs, tree, len(outputs) == 1 and outputs[0] is values[0], trail.largest

@@ -14,6 +14,7 @@ import linecache
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import torch
 from torch import nn
 
 from ..edit.loss import with_loss
@@ -95,8 +96,25 @@ def make_live(graph):
         module.__dict__["_signature"] = first.signature or Plain(first.name, first.inputs)
         if owner:
             module.__dict__["_whole"] = (root,)  # a tuple, so that the whole is no submodule of its part
+    for path in graph.opaque:
+        module = attribute(root, path)
+        if isinstance(module, nn.Module) and any(v.is_inner and v.owner.startswith(f"{path}.") for v in graph.all()):
+            if _reach not in module._forward_pre_hooks.values():
+                module.register_forward_pre_hook(_reach, with_kwargs=True)
     root.__dict__["graph"] = graph
     return root
+
+
+def _reach(module, args, kwargs):
+    """A backward of a module's own (reversible layers) runs only where what it is given needs a gradient: where something inside trains, it does."""
+    given = dict(enumerate(args)) | kwargs
+    floats = {name: value for name, value in given.items() if isinstance(value, torch.Tensor) and value.is_floating_point()}
+    trains = torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
+    if not trains or not floats or any(value.requires_grad for value in floats.values()):
+        return None
+    first = next(iter(floats))
+    given[first] = floats[first].detach().requires_grad_()
+    return tuple(given[place] for place in range(len(args))), {name: given[name] for name in kwargs}
 
 
 def _undress(root):
