@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from rewrite import Refused, export_onnx, load, merge, rewrite, save
 from rewrite.capture.coded import Coded
 from rewrite.cli import app
+from rewrite.report import Size
 from rewrite.store.pretrained import pretrained
 
 LORA = {"passes": [{"pass": "lora", "where": "linear", "rank": 3}]}
@@ -138,6 +139,41 @@ def test_a_checkpoint_in_codes(name, tmp_path):
     assert floats == sum(p.numel() for p in plain().parameters()) - sum(m.weight.numel() for m in linears(plain()).values())  # none was made beside its codes
     close(reference=output(reference), result=output(model), drift=rounding(torch.float32))
     rejects(reference=output(plain()), result=output(model), drift=rounding(torch.float32))
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_a_plan_counts_the_bytes_of_codes(name, tmp_path):
+    """From the config alone: tensor for tensor what the checkpoint becomes when it is read."""
+    written(tmp_path, *WAYS[name])
+    listed = lambda model: {path: (tuple(t.shape), t.dtype) for path, t in model.named_parameters()}  # noqa: E731
+    reference, shapes = pretrained(tmp_path), pretrained(tmp_path / "config.json", weights=False)
+    assert listed(shapes) == listed(reference) and Size.of(shapes) == Size.of(reference) and all(t.is_meta for t in shapes.parameters())
+    assert Size.of(shapes).stored_bytes < Size.of(plain()).stored_bytes / 2
+
+
+def test_a_plan_of_a_checkpoint_in_codes(tmp_path):
+    (tmp_path / "base").mkdir()
+    written(tmp_path / "base", *WAYS["nf4"])
+    (tmp_path / "lora.json").write_text(json.dumps(LORA))
+    done = CliRunner().invoke(app, ["plan", str(tmp_path / "base" / "config.json"), str(tmp_path / "lora.json"), "--json"])
+    assert done.exit_code == 0, done.output
+    found, live = json.loads(done.stdout), rewrite(pretrained(tmp_path / "base"), LORA)
+    assert found["base"]["stored_bytes"] == Size.of(pretrained(tmp_path / "base")).stored_bytes != Size.of(plain()).stored_bytes
+    assert found["after"]["stored_bytes"] == live.report.applied[-1].after.stored_bytes and found["passes"][0]["sites"] == {"attention.q": 2, "attention.k": 2, "attention.v": 2, "attention.o": 2, "mlp.gate": 2, "mlp.up": 2, "mlp.down": 2}
+
+
+@pytest.mark.parametrize(
+    "config, coded",
+    [
+        ({**BNB, "llm_int8_skip_modules": ["lm_head", "model.layers.*.mlp"]}, 8),
+        ({**GPTQ, "modules_in_block_to_quantize": [["self_attn.k_proj", "self_attn.v_proj"], ["mlp.down_proj"]]}, 6),
+        ({**WAYS["awq"][1], "modules_to_not_convert": ["o_proj"]}, 12),
+        ({"quant_method": "aqlm"}, 0),
+    ],
+)
+def test_a_plan_heeds_what_a_config_leaves_out(config, coded, tmp_path):
+    written(tmp_path, awq, config)
+    assert sum(isinstance(module, Coded) for module in pretrained(tmp_path, weights=False).modules()) == coded
 
 
 def test_a_checkpoint_in_codes_is_rewritten(tmp_path):

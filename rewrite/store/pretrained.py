@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
 
 from ..errors import Refused
-from .quantized import readable
+from .quantized import in_shape, readable
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # what a config or weights that somebody wrote by hand makes transformers raise
@@ -28,7 +28,7 @@ FAILURES = (
 def pretrained(name, *, weights=True):
     """The model of a folder or hub id, of the class that its config names, in eval mode, in the dtype it is stored in.
 
-    With `weights=False` only config.json is read (`name` may be that file), and the model is on the meta device. Raises Refused in words
+    With `weights=False` only config.json is read (`name` may be that file), and the model is on the meta device, codes among it where the config has any. Raises Refused in words
     for what is not there, is no model of transformers, needs code of its own, or has its weights in anything but safetensors.
     """
     where = _located(str(name), weights)
@@ -42,7 +42,7 @@ def pretrained(name, *, weights=True):
     if not weights:
         try:
             with torch.device("meta"):
-                return cls._from_config(config).eval()
+                return in_shape(cls._from_config(config).eval(), config)
         except FAILURES as error:
             raise Refused(f"{name}: no {cls.__name__} can be made from its config: {type(error).__name__}: {_first_line(error)}") from error
     _refuse_other_formats(where, name)

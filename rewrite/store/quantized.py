@@ -13,11 +13,13 @@ import json
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..capture.coded import Coded, table_codes
+from ..capture.coded import BLOCK, NESTED, Coded, table_codes
 from ..errors import Refused
 
 METHOD = "rewrite_codes"
@@ -29,16 +31,60 @@ ZERO = 8  # of symmetric groups
 
 def readable(config, name):
     """Let transformers build the model of a config with codes by this file. Nothing to do for a config without; Refused for codes of other kinds."""
-    given = getattr(config, "quantization_config", None)
+    given, method = _stated(config)
     if given is None:
         return
-    given = given if isinstance(given, dict) else given.to_dict()
-    method = str(given.get("quant_method") or ("bitsandbytes" if given.get("load_in_4bit") or given.get("load_in_8bit") else ""))
     reason = _unread(method, given)
     if reason:
         raise Refused(f"{name}: its config says that its weights are quantised by {method or 'an unnamed method'}: {reason}. bitsandbytes in four bits, GPTQ and AWQ in four bits are read.")
     AUTO_QUANTIZER_MAPPING[METHOD], AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = Reader, Codes
     config.quantization_config = {"quant_method": METHOD, "given": {**given, "quant_method": method}}
+
+
+def in_shape(model, config):
+    """The model of a config with codes, made on the meta device: each linear that its method quantises gives way to a Coded of codes that are shapes alone.
+
+    Which ones is the method's custom, for a config does not say: all but the head and those that it names. Codes of other kinds stay float weights.
+    """
+    given, method = _stated(config)
+    if given is None or _unread(method, given):
+        return model
+    named = given.get("llm_int8_skip_modules" if method == "bitsandbytes" else "modules_to_not_convert")
+    skipped = HfQuantizer.get_modules_to_not_convert(model, named)
+    only = tuple(name for some in given.get("modules_in_block_to_quantize") or () for name in ([some] if isinstance(some, str) else some))
+    for path, linear in list(model.named_modules()):
+        in_block = method == "bitsandbytes" or any(part.isdigit() for part in path.split("."))  # the others go block by block
+        if isinstance(linear, (nn.Linear, Conv1D)) and in_block and should_convert_module(path, skipped) and (not only or path.endswith(only)):
+            out_dim, in_dim = _size(linear, path)
+            model.set_submodule(path, Coded(in_dim, out_dim, linear.bias).fill(**_shapes(out_dim, in_dim, method, given)).eval())
+    return model
+
+
+def _shapes(out_dim, in_dim, method, given):
+    """What `_of_tables` or `_of_words` would give, without numbers."""
+    new = lambda dtype, *shape: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
+    if method == "bitsandbytes":
+        blocks, double = -(-out_dim * in_dim // BLOCK), given.get("bnb_4bit_use_double_quant", False)
+        nested = new(torch.int32, -(-blocks // NESTED) + 1) if double else None
+        return {"format": given.get("bnb_4bit_quant_type", "fp4"), "codes": new(torch.uint8, -(-out_dim * in_dim // 2)), "scales": new(torch.uint8 if double else torch.int32, blocks), "nested": nested}
+    size = given.get("group_size", 128)
+    groups = in_dim // size if size > 0 else 1
+    return {
+        "format": "int4",
+        "codes": new(torch.uint8, out_dim, in_dim // 2),
+        "scales": new(torch.int32, out_dim, groups),
+        "zeros": None if method == "gptq" and given.get("sym", True) else new(torch.uint8, out_dim, groups),
+        "order": new(torch.int64, in_dim) if given.get("desc_act") else None,
+    }
+
+
+def _stated(config):
+    """(what a config says of its codes, by which method they were made); (None, None) for one without."""
+    given = getattr(config, "quantization_config", None)
+    if given is None:
+        return None, None
+    given = given if isinstance(given, dict) else given.to_dict()
+    return given, str(given.get("quant_method") or ("bitsandbytes" if given.get("load_in_4bit") or given.get("load_in_8bit") else ""))
 
 
 def _unread(method, given):
