@@ -63,7 +63,7 @@ def flat(output):
     """The tensors of an output by name, without what it keeps for the next call."""
     fields = dict(output) if isinstance(output, dict) else {"output": output}
     names, tensors, _ = leaves({name: value for name, value in fields.items() if name not in KEPT})
-    return dict(zip(names, tensors))
+    return {name: tensor for name, tensor in zip(names, tensors) if not KEPT & set(name.split("."))}  # nor what a model inside it keeps
 
 
 def difference(want, got):

@@ -92,6 +92,7 @@ HINTS = {
     "gemma3": dict(mm_tokens_per_image=4),
     "gemma3n_text": dict(num_kv_shared_layers=0),
     "gemma4_unified_text": dict(num_kv_shared_layers=0),
+    "gemma4_unified_vision": dict(mm_embed_dim=32, output_proj_dims=32, mm_posemb_size=16),
     "t5gemma2_encoder": dict(mm_tokens_per_image=4),
     "gpt_neo": dict(attention_types=[[["global", "local"], 1]], num_layers=2),
     "granitemoehybrid": dict(layer_types=["mamba", "attention"], num_hidden_layers=2, mamba_n_heads=8, mamba_d_head=8),

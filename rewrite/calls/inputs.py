@@ -268,7 +268,7 @@ class Examples:
             "input_values": self.audio,
             "flattened_patches": self.patches,
             "decoder_input_ids": lambda: self.ids(self.sizes.target),
-            "qformer_input_ids": lambda: self.ids(self.sizes.length),
+            "qformer_input_ids": lambda: self.ids(self.sizes.target),
         }
         robot = setting(self.config, "max_state_dim")  # elsewhere a state is what a recurrence keeps
         if robot is not None:

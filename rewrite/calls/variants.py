@@ -15,6 +15,7 @@ from .leaves import FullLayer, leaves, rebuild
 from .slots import unpadded
 
 IDS = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "decoder_input_ids", "decoder_attention_mask", "decoder_position_ids"}
+BESIDE_TOKENS = {"bbox", "image_attention_mask", "image_embeds_position_mask"}  # one entry for each token, that a model reads beside them
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class _Calls:
 
     def _ask(self):
         """What the model returns to its inputs, and where its hidden states come from."""
-        unmasked = {name: value for name, value in self.inputs.items() if not name.endswith("attention_mask")}
+        unmasked = {name: value for name, value in self.inputs.items() if not name.endswith("attention_mask") or name.startswith(("image_", "pixel_"))}
         seen = []
         try:
             output, _, _ = call(self.model, {**unmasked, **self.cached, "output_hidden_states": True}, seen=seen)
@@ -273,8 +274,10 @@ class _Calls:
                 continue
             if name.startswith("decoder_") or (name in self.labels and "decoder_input_ids" in inputs):
                 dims[name][1] = "target"
-            elif name in IDS or name in self.labels or name == "input_values":
+            elif name in IDS or name in self.labels or name in BESIDE_TOKENS or name == "input_values":
                 dims[name][1] = "length"
+            elif name == "qformer_input_ids":  # what asks of the image has its own length
+                dims[name][1] = f"length of {name}"
         return dims
 
     def _defaults(self):
