@@ -456,16 +456,54 @@ class Steps(nn.Module):
         return torch.stack(out, 1)
 
 
-class Mapped(nn.Module):
-    def forward(self, x):
-        return torch.vmap(lambda row: row * 2 + 1)(x)
-
-
-@pytest.mark.parametrize("between", [Halve, Steps, Mapped])
+@pytest.mark.parametrize("between", [Halve, Steps])
 def test_what_cannot_be_captured_stays_one_call(between):
     graph = check_toy(Stack(between()), shapes=[*SHAPES, (2, 24)], opaque=["between"])
     assert [n.target for n in graph.nodes if n.op == "call_module"] == ["between"]
     assert {n.target for n in graph.nodes if n.op == "get_attr"} >= {"first.weight", "last.weight"}
+
+
+class Mapped(nn.Module):
+    """Rows weighted by a mask that is made place by place (`inside`: what the code for one place does to its value)."""
+
+    def __init__(self, inside=lambda value: value * 2):
+        super().__init__()
+        self.inner, self.inside = nn.Linear(8, 8), inside
+
+    def forward(self, x):
+        row, column = torch.arange(x.shape[1]), torch.arange(x.shape[1])
+        seen = torch.vmap(torch.vmap(lambda i, j: (j <= i) & (i - j < 3), in_dims=(None, 0)), in_dims=(0, None))(row, column)
+        return torch.vmap(self.inside)(self.inner(torch.where(seen, 1.0, 0.0) @ x))
+
+
+def _held(value):
+    with torch.no_grad():
+        return value * 2
+
+
+class _Twice(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value):
+        return value * 2
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 5
+
+
+def test_what_is_mapped_is_written_as_ops_on_whole_tensors():
+    check_toy(Stack(Mapped()))
+
+
+@pytest.mark.parametrize("inside", [_held, _Twice.apply])
+def test_a_map_with_gradients_of_its_own_stays_a_call(inside):
+    check_toy(Stack(Mapped(inside)), opaque=["between"])
 
 
 def test_an_outermost_module_that_cannot_be_captured_is_refused():

@@ -23,6 +23,7 @@ from .align import Alignment, Misaligned
 from .checks import is_equality, keep_checks, only_fails_at, require_filled
 from .coded import mark, read_modules
 from .fakes import uncollected
+from .maps import whole_maps
 from .reads import Merge, read_devices
 from .tidy import in_order, named_arguments, set_argument, tidy
 from .trace import CannotTrace, is_method, trace
@@ -191,7 +192,8 @@ class _Capture:
     def _trace(self, training, seed, dtype=None, least=False):
         cast = (lambda given: dtype if given == self.dtype else given) if dtype else (lambda given: given)
         opaque = self.opaque.keys()
-        result = trace(self.model, self.variant, training=training, cast=cast, seed=seed, least=least, opaque=opaque, stamp=self.stamp)
+        with whole_maps():
+            result = trace(self.model, self.variant, training=training, cast=cast, seed=seed, least=least, opaque=opaque, stamp=self.stamp)
         keep_checks(result)
         tidy(result.graph)
         _write_extremes(result)
