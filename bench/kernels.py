@@ -358,21 +358,22 @@ def lora_dropout(device, dtype):
         def make(new, n=n, k=k, rank=rank, m=m):
             x, w, down, up = new(m, k).requires_grad_(), new(n, k) * k**-0.5, (new(rank, k) * k**-0.5).requires_grad_(), new(n, rank).requires_grad_()
             leaves, way = (x, down, up), dropout.way_of(x)
-            drawn = way.dropped(torch.ones_like(x), 0.05, 7)
+            ones = torch.ones_like(x.detach())
 
             def separate(drop):
                 return Way(lambda: F.linear(x, w) + 2.0 * F.linear(F.linear(drop(x), down), up), leaves, captured=False)
 
             ways = {
                 "F.dropout": separate(lambda t: F.dropout(t, 0.05)),
-                "plain ops": separate(lambda t: t * drawn),
+                "plain ops": separate(lambda t: t * way.dropped(ones, 0.05, 7)),
                 "lora_dropout": Way(lambda: F.linear(x, w).addmm_(dropout.Shrunk.apply(x, down, 0.05, 7, way), up.t(), alpha=2.0), leaves),
                 "LoRA": Way(lambda: lora.launch(x, w, None, down, up, 2.0), leaves, captured=False),
             }
 
             def exact():
                 few, full, *pair = doubles(x[:CHECKED], w, down, up)
-                return Way(lambda: F.linear(few, full) + 2.0 * F.linear(F.linear(few * drawn[:CHECKED].double(), pair[0]), pair[1]), (few, *pair))
+                drawn = way.dropped(ones, 0.05, 7)[:CHECKED].double()
+                return Way(lambda: F.linear(few, full) + 2.0 * F.linear(F.linear(few * drawn, pair[0]), pair[1]), (few, *pair))
 
             return ways, exact
 
