@@ -9,7 +9,7 @@ import torch
 from bench.agreement import agreement, differences, explained
 from bench.judged import Judged, accepts
 from bench.tables import write
-from bench.tiny import Architecture, tiny
+from bench.tiny import LEVELS, Architecture, shrunk, tiny
 from rewrite.capture.model import capture
 from rewrite.roles.find import roles
 
@@ -65,6 +65,22 @@ def test_images_take_their_places_in_the_text(name, kind, more):
     fewer = {key: value[:, :1] if key in ("input_ids", "attention_mask") else value for key, value in inputs.items()}
     with pytest.raises((ValueError, RuntimeError)):
         model(**fewer)
+
+
+def test_heads_that_share_keys_still_do_when_shrunk():
+    from transformers import DeepseekV3Config, MistralConfig
+
+    grouped, each = (shrunk(kind, *LEVELS[0]) for kind in (MistralConfig, DeepseekV3Config))
+    assert (grouped.num_attention_heads, grouped.num_key_value_heads) == (4, 2)
+    assert (each.num_attention_heads, each.num_key_value_heads) == (4, 4)
+
+
+@pytest.mark.parametrize("name, kind, more", [("IdeficsForVisionText2Text", "idefics", "image_attention_mask"), ("UdopForConditionalGeneration", "udop", "bbox")])
+def test_examples_hold_what_is_read_beside_the_tokens(name, kind, more):
+    model, inputs, _ = tiny(Architecture(name, kind, ("image-text to text",)), accepts)
+    assert inputs[more].shape[:2] == inputs["input_ids"].shape
+    with pytest.raises((ValueError, TypeError)):
+        model(**{key: value for key, value in inputs.items() if key != more})
 
 
 class _TrainingAlone(torch.autograd.Function):

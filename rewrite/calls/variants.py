@@ -266,15 +266,17 @@ class _Calls:
     def _dims(self, inputs):
         """Which dimensions are symbols, told from the names of the arguments and the ranks of their values."""
         dims = {}
+        tokens = inputs.get("input_ids")
         for name, value in inputs.items():
             if not isinstance(value, torch.Tensor) or value.dim() == 0:
                 continue
+            lengths = value.shape[1:2] if tokens is None else tokens.shape[1:2]  # some heads give one output for each of their queries
             dims[name] = {0: "batch"}
             if value.dim() < 2:
                 continue
             if name.startswith("decoder_") or (name in self.labels and "decoder_input_ids" in inputs):
                 dims[name][1] = "target"
-            elif name in IDS or name in self.labels or name in BESIDE_TOKENS or name == "input_values":
+            elif name in IDS or (name in self.labels and value.shape[1] in lengths) or name in BESIDE_TOKENS or name == "input_values":
                 dims[name][1] = "length"
             elif name == "qformer_input_ids":  # what asks of the image has its own length
                 dims[name][1] = f"length of {name}"
