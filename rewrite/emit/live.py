@@ -96,10 +96,11 @@ def make_live(graph):
         module.__dict__["_signature"] = first.signature or Plain(first.name, first.inputs)
         if owner:
             module.__dict__["_whole"] = (root,)  # a tuple, so that the whole is no submodule of its part
-    for path in graph.opaque:
-        module = attribute(root, path)
-        if isinstance(module, nn.Module) and any(v.is_inner and v.owner.startswith(f"{path}.") for v in graph.all()):
-            if _reach not in module._forward_pre_hooks.values():
+    for inner in (v for v in graph.all() if v.is_inner):
+        names = inner.owner.split(".")
+        for path in (".".join(names[:depth]) for depth in range(1, len(names))):
+            module = attribute(root, path)
+            if any(f"{path}.".startswith(f"{opaque}.") for opaque in graph.opaque) and _reach not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(_reach, with_kwargs=True)
     root.__dict__["graph"] = graph
     return root
