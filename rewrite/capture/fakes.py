@@ -51,12 +51,15 @@ def fake_inputs(fake_mode, names, tensors, dims, cast, least):
         for dim, symbol in dims.get(name, {}).items():
             if "+" not in symbol:
                 symbols.size(symbol, tensor.shape[dim])
-    fakes = []
+    fakes, made = [], {}
     for name, tensor in zip(names, tensors):
         named = dims.get(name, {})
         shape = [symbols.size(named[dim], size) if dim in named else size for dim, size in enumerate(tensor.shape)]
-        with fake_mode:
-            fakes.append(torch.empty(shape, dtype=cast(tensor.dtype), device=_device(tensor)))
+        kind = cast(tensor.dtype), _device(tensor)
+        key = (*(size.node.expr if isinstance(size, torch.SymInt) else size for size in shape), *kind)
+        if key not in made:  # a cache has many of one shape, and a shape of symbols is slow to lay out
+            made[key] = torch.empty(shape, dtype=kind[0], device="meta")
+        fakes.append(FakeTensor(fake_mode, made[key], kind[1]))
     return fakes, symbols.known
 
 

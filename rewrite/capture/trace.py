@@ -33,7 +33,6 @@ from torch.fx.experimental.proxy_tensor import (
     get_proxy_slot,
     maybe_disable_thunkify,
     set_proxy_slot,
-    snapshot_fake,
     wrap_key,
 )
 from torch.overrides import TorchFunctionMode
@@ -161,7 +160,7 @@ class Tracer(PythonKeyTracer):
         """The proxy of a fake tensor of the tree, its `get_attr` written at first use."""
         path = self.tensors[id(fake)]
         node = self.create_node("get_attr", path, (), {})
-        node.meta.update(val=snapshot_fake(fake), path=path.rpartition(".")[0])
+        node.meta.update(val=fake, path=path.rpartition(".")[0])
         node.meta.pop("call", None)
         proxy = _ProxyTensor(fx.Proxy(node, self), None)
         set_proxy_slot(fake, self, proxy)
