@@ -12,6 +12,7 @@ Nothing else. Every node carries `meta["path"]` (the module it came from) and `m
 import copy as _copy
 import math
 import operator
+from collections import OrderedDict, defaultdict
 from dataclasses import dataclass, field, replace
 
 import sympy
@@ -228,6 +229,9 @@ def remove(root, path):
         del module._modules[parent]
 
 
+_OF_EACH = frozenset(vars(nn.Module()))
+
+
 def shallow(module):
     twin = module.__new__(type(module))
     twin.__dict__ = dict(module.__dict__)
@@ -264,16 +268,19 @@ def clone_tree(model):
             twin._modules[name] = None if child is None else visit(child)
         return twin
 
-    return own_configs(visit(model))
+    return own_state(visit(model))
 
 
-def own_configs(tree):
-    """Give a tree of clones configs of its own: a call, `generate` and trainers write into them."""
-    copies = {}
+def own_state(tree):
+    """Give a tree of clones configs and plain containers of its own: a call, `generate` and trainers write into them."""
+    copies, held = {}, {}
     for module in tree.modules():
-        for name in ("config", "generation_config"):
-            if hasattr(module.__dict__.get(name), "to_dict"):
-                module.__dict__[name] = _copy.deepcopy(module.__dict__[name], copies)
+        for name, value in module.__dict__.items():
+            if name in ("config", "generation_config"):
+                if hasattr(value, "to_dict"):
+                    module.__dict__[name] = _copy.deepcopy(value, copies)
+            elif type(value) in (dict, list, set, OrderedDict, defaultdict) and name not in _OF_EACH:
+                module.__dict__[name] = held.setdefault(id(value), _copy.copy(value))
     return tree
 
 

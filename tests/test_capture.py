@@ -11,6 +11,7 @@ from asserting import Asserting
 from models import FAMILIES, build, captured, example
 from torch import fx, nn
 
+from rewrite import rewrite
 from rewrite.calls.leaves import leaves
 from rewrite.capture.model import capture
 from rewrite.emit.live import make_live
@@ -739,3 +740,27 @@ def test_a_size_that_moves_by_steps_is_not_frozen(width):
     assert "between" in inside.opaque
     assert list(capture(Stack(Pooled(1)).eval(), (torch.randn(2, 7, 8),)).opaque) == ["between"]
     assert torch.equal(make_live(inside)(x := torch.randn(2, 700, 8)), Stack(nn.Sequential(Pooled(width), Averaged())).eval()(x))
+
+
+class Remembers(nn.Module):
+    """Keeps a table that it made in eval mode in a dict, as LeViT's attention does."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.known = nn.Parameter(torch.randn(5)), {}
+
+    def forward(self, x):
+        if self.training:
+            return x * self.weight.exp()
+        if "table" not in self.known:
+            self.known["table"] = self.weight.exp()
+        return x * self.known["table"]
+
+
+def test_what_a_module_remembers_of_a_capture_stays_there():
+    model, x = nn.Sequential(Remembers(), Remembers()).eval(), torch.randn(3, 5)
+    live = rewrite(model, {"passes": []}, {"input": x})
+    assert not live.graph.opaque and not any(module.known for module in model)
+    with torch.no_grad():
+        model[0].weight += 1
+        assert torch.equal(live(x), model(x))

@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
-from ..graph import own_configs, shallow
+from ..graph import own_state, shallow
 
 
 class Symbols:
@@ -94,7 +94,7 @@ def fake_tree(model, fake_mode, cast):
             twin._modules[name] = None if child is None else visit(child, at + name)
         return twin
 
-    return own_configs(visit(model, "")), paths
+    return own_state(visit(model, "")), paths
 
 
 @contextlib.contextmanager
