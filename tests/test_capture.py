@@ -764,3 +764,21 @@ def test_what_a_module_remembers_of_a_capture_stays_there():
     with torch.no_grad():
         model[0].weight += 1
         assert torch.equal(live(x), model(x))
+
+
+class Moves(nn.Module):
+    """Moves its input to where its weight is, as timm's wrapper does, and has a loss of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 3))
+
+    def forward(self, x, labels):
+        logits = x.to(self.weight.device, self.weight.dtype) @ self.weight
+        return nn.functional.cross_entropy(logits, labels), logits
+
+
+def test_nothing_but_the_loss_reads_labels():
+    graph = capture(Moves(), {"x": torch.randn(4, 5), "labels": torch.tensor([0, 2, 1, 1])})
+    labels = next(node for node in graph.placeholders if node.meta["leaf"] == "labels")
+    assert [user.target for user in labels.users] == [torch.ops.aten.cross_entropy_loss.default]

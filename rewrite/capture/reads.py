@@ -230,7 +230,7 @@ def _least_of(ours, theirs):
 
 
 def read_devices(graph):
-    """Write every device as that of a value at hand: the nearest upstream tensor, or the latest one before."""
+    """Write every device as that of a value at hand: the nearest upstream tensor, or the latest one made before."""
     last, made = None, {}
     for node in list(graph.nodes):
         if node.op == "call_function":
@@ -246,7 +246,8 @@ def read_devices(graph):
                         read.meta = {key: node.meta[key] for key in ("path", "call", "source") if key in node.meta} | {"val": value}
                         made[at_hand, node] = read
                     set_argument(node, name, made[at_hand, node])
-        if node.op in ("call_function", "placeholder") and isinstance(node.meta.get("val"), torch.Tensor) and node.target not in HOST:
+        is_made = node.op == "call_function" and node.target not in HOST
+        if isinstance(node.meta.get("val"), torch.Tensor) and (is_made or (node.op == "placeholder" and last is None)):  # not the labels, which may be left out
             last = node
 
 
@@ -255,6 +256,8 @@ def _device_source(graph, node, last):
     moved = set()
     if node.target in _CASTS and last is not None:  # the value that is moved does not say where to
         moved = {node.args[0]}
+        if (asked := next((source for source in queue if source.target is dtype_of), None)) is not None:
+            return asked.args[0]  # who says in which dtype says where
     while queue:
         candidate = queue.popleft()
         if candidate.op != "get_attr" and isinstance(candidate.meta.get("val"), torch.Tensor) and candidate not in moved:
