@@ -3,7 +3,7 @@
     y = x (E4M3[codes] * scales)' + b
 
 Shapes: x (…, K), codes uint8 (N, K), scales (N, 1) or (N/128, K/128) as `dequant_fp8` has them, b (N) or None, y (…, N).
-Bytes: N·K, where bfloat16 has 2·N·K. A CPU has no product that takes these codes; one scale for each output is cheaper there on the result.
+Bytes: N·K, where bfloat16 has 2·N·K. A CPU has no product that takes these codes, and making numbers of them is what costs there.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from rewrite.kernels import dequant_fp8 as d
 from rewrite.kernels import few_rows
-from rewrite.kernels.quant_linear import QuantLinear, scaled_after
+from rewrite.kernels.quant_linear import QuantLinear
 
 
 def reference(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
@@ -31,14 +31,8 @@ def fast(x, codes, scales, b):
     return few_rows.product(x, codes, scales, b, codes.shape[0], "fp8", tall=1 if is_channel(codes, scales) else d.BLOCK)
 
 
-def plain(x, codes, scales, b):
-    if not x.is_cuda and is_channel(codes, scales) and x.dtype != torch.float16:  # sums of codes leave the range of float16
-        return scaled_after(x, codes.view(torch.float8_e4m3fn), scales, b)
-    return F.linear(x, d.dequant_fp8.launch(codes, scales, x.dtype), b)
-
-
 def launch(x, codes, scales, b):
     return linear_fp8.run(x, codes, scales, b)
 
 
-linear_fp8 = QuantLinear(reference, launch, d.dequant_fp8, unsuited, fast, plain)
+linear_fp8 = QuantLinear(reference, launch, d.dequant_fp8, unsuited, fast)
