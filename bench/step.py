@@ -76,6 +76,7 @@ def measure(hidden, dtype, pairs, clock, modes):
     """A row of the result for each mode."""
     import torch
 
+    torch._dynamo.reset()  # what it has compiled of other sizes counts against its limit
     models = {}
     for name, model in ways(hidden, getattr(torch, dtype)).items():
         models |= {(mode, name): torch.compile(model, fullgraph=True) if mode == "compiled" else model for mode in modes}

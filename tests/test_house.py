@@ -1,6 +1,7 @@
 """The house stands as docs/design.md says: floors, one stem, file length, words, and a README whose code runs."""
 
 import ast
+import itertools
 import json
 import re
 import sys
@@ -122,11 +123,15 @@ def test_constraints_pin_what_the_project_asks_for():
 def measured():
     """The figures that the README names, as it writes them, from bench/results."""
     read = lambda name: json.loads((TOP / "bench" / "results" / f"{name}.json").read_text())  # noqa: E731
-    for dtype in ("float32", "bfloat16"):
-        shares = {row["hidden"]: row["added"]["ours"] / row["added"]["PEFT"] for row in read("step")["rows"] if row["dtype"] == dtype}
-        yield f"{dtype}: {shares[512]:.2f}× / {shares[1024]:.2f}×"
-    decode = read("decode")["times bfloat16"]
-    yield ", ".join(f"{name} {decode[name]['median']:.2f}×" for name in ("int8", "int4", "nf4"))
+    for mode, dtype in itertools.product(("eager", "compiled"), ("float32", "bfloat16")):
+        shares = {row["hidden"]: row["added"]["ours"] / row["added"]["PEFT"] for row in read("step")["rows"] if (row["mode"], row["dtype"]) == (mode, dtype)}
+        yield f"{dtype} {shares[512]:.2f}× / {shares[1024]:.2f}×"
+    for machine in ("decode", "decode-amx"):
+        decode = read(machine)["times bfloat16"]
+        yield ", ".join(f"{name} {decode[name]['median']:.2f}×" for name in ("int8", "int4", "nf4"))
+    qlora = read("qlora")
+    kept, peak = ([qlora["memory"][way][what] / 1e6 for way in ("ours", "PEFT + bitsandbytes")] for what in ("kept for backward", "peak beyond the model"))
+    yield f"kept for backward {kept[0]:.1f} MB beside {kept[1]:.1f}, peak {peak[0]:.1f} beside {peak[1]:.1f}, time {qlora['ratio']:.2f}×"
     kept = {way.split()[0].rstrip(","): row["kept_bytes"] / 1e6 for way, row in reversed(read("backward")["ways"].items())}
     yield f"full {kept['full']:.0f} MB, LoRA {kept['lora']:.0f}, LoRA-FA {kept['lora_fa']:.0f}, AdapterDrop {kept['adapterdrop']:.0f}, LST {kept['lst']:.0f}, MEFT {kept['meft']:.0f}, IPA {kept['ipa']:.0f}"
     yield f"| {next(row['rewrite'] for row in read('capture')['rows'] if row['layers'] == 32):.1f} s of one core |"
