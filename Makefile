@@ -17,8 +17,9 @@ INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check 
 demo: $(VENV)/installed
 	GOMP_SPINCOUNT=1000 $(VENV)/bin/rewrite demo $(ARGS)
 
+# A file's tests stay with one worker: what they share (captured models, live models) is made once.
 test: $(VENV)/installed-test
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 aot: $(VENV)/installed-test
 	TRITON_DEFAULT_FP_FUSION=1 $(VENV)/bin/python tests/aot.py
