@@ -473,3 +473,18 @@ def test_a_memory_format_is_handed_over_by_name():
 
     live, x = make_live(capture(Formatted(), {"x": torch.randn(2, 3)})), torch.randn(4, 3)
     assert torch.equal(live(x=x), x.double() * 2)
+
+
+def test_columns_are_written_by_a_list_of_them():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("gone", torch.tensor([1, 4]))
+
+        def forward(self, x):
+            y = x * 2
+            y[:, self.gone] = -1.0
+            return y
+
+    model, x = Masked(), torch.randn(4, 5)
+    assert torch.equal(make_live(capture(model, {"x": torch.randn(2, 5)}))(x), model(x))

@@ -72,6 +72,13 @@ def _index(writer, node):
     return f"{writer.value(x)}[{', '.join(':' if i is None else writer.value(i) for i in indices)}]"
 
 
+def _index_put(writer, node):
+    """Python's method takes no list with None in it, the op does."""
+    if None not in node.args[1]:
+        return None
+    return f"torch.ops.{node.target}({', '.join(map(writer.value, node.args))})"
+
+
 def _size(writer, node):
     return f"{writer.value(node.args[0])}.shape[{node.args[1]}]"
 
@@ -79,5 +86,7 @@ def _size(writer, node):
 SPECIAL = {
     torch.ops.aten.slice.Tensor: _slice,
     torch.ops.aten.index.Tensor: _index,
+    torch.ops.aten.index_put.default: _index_put,
+    torch.ops.aten.index_put_.default: _index_put,
     torch.ops.aten.sym_size.int: _size,
 }
